@@ -1,0 +1,1 @@
+"""OCI hooks for podman and CRI-O."""

@@ -1,0 +1,212 @@
+"""The `smr.` annotations of a container, parsed and checked.
+
+Every key that is understood stands in `KEYS`; an unknown key is an error with a suggestion, because a mistyped
+`smr.resotre` that starts a cold container without a word is worse than a container that does not start.
+Standard library only: this runs before every annotated start.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from enum import StrEnum
+from typing import TypeVar
+
+from smr.proto.errors import Code, SmrError
+
+_E = TypeVar("_E", bound=StrEnum)
+
+PREFIX = "smr."
+RESTORE = "smr.restore"
+FALLBACK = "smr.fallback"
+TCP = "smr.tcp"
+PAGES = "smr.pages"
+ROOTFS = "smr.rootfs"
+COMMAND = "smr.command"
+MOUNT_PREFIX = "smr.mount."
+CRIU_PREFIX = "smr.criu."
+
+# Written by us into the annotations of a container that started cold or was restored; never read back as a request.
+STATUS = "smr.status"
+STATUS_CODE = "smr.status.code"
+STATUS_REASON = "smr.status.reason"
+OWN_STATUS = frozenset({STATUS, STATUS_CODE, STATUS_REASON})
+
+KEYS: Mapping[str, str] = {
+    RESTORE: "image to restore: NAME[:TAG] or sha256:DIGEST",
+    FALLBACK: "cold (start cold when the restore is not possible) or fail",
+    TCP: "close (established connections end) or established (they survive; needs the same IP)",
+    PAGES: "how pages reach memory: auto or criu",
+    ROOTFS: "check (source image must be the checkpoint's) or force",
+    COMMAND: "check (command must be the checkpoint's) or force",
+}
+
+# Options of CRIU that cannot hand the host to a container: no paths, no scripts, no plugins.
+CRIU_OPTIONS: frozenset[str] = frozenset(
+    {
+        "ext-unix-sk",
+        "file-locks",
+        "force-irmap",
+        "ghost-limit",
+        "link-remap",
+        "manage-cgroups",
+        "shell-job",
+        "skip-file-rwx-check",
+        "skip-in-flight",
+        "tcp-close",
+        "tcp-established",
+        "timeout",
+    }
+)
+
+_REFERENCE = re.compile(r"[a-z0-9]+(?:[._/-]+[a-z0-9]+)*(?::[A-Za-z0-9_][A-Za-z0-9._-]{0,127})?")
+_DIGEST = re.compile(r"(?:[a-z0-9]+(?:[._/-]+[a-z0-9]+)*@)?sha256:[0-9a-f]{6,64}")
+
+
+class Fallback(StrEnum):
+    """What happens when locate, preflight or restore fails."""
+
+    COLD = "cold"
+    FAIL = "fail"
+
+
+class Tcp(StrEnum):
+    """What becomes of established TCP connections."""
+
+    CLOSE = "close"
+    ESTABLISHED = "established"
+
+
+class Pages(StrEnum):
+    """How pages reach memory. `AUTO` chooses by size and source; `CRIU` is the stock path."""
+
+    AUTO = "auto"
+    CRIU = "criu"
+
+
+class Check(StrEnum):
+    """Whether a difference between container and checkpoint is an error."""
+
+    CHECK = "check"
+    FORCE = "force"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Annotations:
+    """What one container asks of SMR. `mounts` maps a destination in the container to a source on the host."""
+
+    restore: str
+    fallback: Fallback = Fallback.COLD
+    tcp: Tcp = Tcp.CLOSE
+    pages: Pages = Pages.AUTO
+    rootfs: Check = Check.CHECK
+    command: Check = Check.CHECK
+    mounts: Mapping[str, str] = field(default_factory=dict)
+    criu: Mapping[str, str] = field(default_factory=dict)
+
+
+def check_reference(reference: str) -> str:
+    """Return `reference` when it is NAME[:TAG] (lower case, as OCI has it) or a sha256 digest, else raise ANNOTATION_INVALID."""
+    if _DIGEST.fullmatch(reference) or _REFERENCE.fullmatch(reference):
+        return reference
+    raise SmrError(
+        f"'{reference}' is not an image reference: needed NAME[:TAG] in lower case or sha256:DIGEST",
+        hint="'smr images ls' lists the images of this node",
+        code=Code.ANNOTATION_INVALID,
+        reference=reference,
+    )
+
+
+def wanted(annotations: Mapping[str, str]) -> bool:
+    """Whether any annotation addresses SMR. A pod sandbox carries its pod's annotations and is never ours."""
+    if annotations.get("io.kubernetes.cri.container-type") == "sandbox":
+        return False
+    if annotations.get("io.kubernetes.cri-o.ContainerType") == "sandbox":
+        return False
+    return any(key.startswith(PREFIX) and key not in OWN_STATUS for key in annotations)
+
+
+def parse(annotations: Mapping[str, str]) -> Annotations | None:
+    """Parse the `smr.` keys of a spec's annotations; None when there are none.
+
+    Raises SmrError ANNOTATION_UNKNOWN or ANNOTATION_INVALID, whatever `smr.fallback` says.
+    """
+    if not wanted(annotations):
+        return None
+    ours = {key: value for key, value in annotations.items() if key.startswith(PREFIX) and key not in OWN_STATUS}
+    for key in ours:
+        _check_key(key)
+    if RESTORE not in ours:
+        present = ", ".join(sorted(ours))
+        raise SmrError(
+            f"annotation {present} without {RESTORE}: nothing names the image to restore",
+            hint=f"add --annotation {RESTORE}=IMAGE, or remove the other",
+            code=Code.ANNOTATION_INVALID,
+        )
+    return Annotations(
+        restore=check_reference(ours[RESTORE]),
+        fallback=_enum(Fallback, ours, FALLBACK, Fallback.COLD),
+        tcp=_enum(Tcp, ours, TCP, Tcp.CLOSE),
+        pages=_enum(Pages, ours, PAGES, Pages.AUTO),
+        rootfs=_enum(Check, ours, ROOTFS, Check.CHECK),
+        command=_enum(Check, ours, COMMAND, Check.CHECK),
+        mounts={_destination(key): _source(key, value) for key, value in ours.items() if key.startswith(MOUNT_PREFIX)},
+        criu={key.removeprefix(CRIU_PREFIX): value for key, value in ours.items() if key.startswith(CRIU_PREFIX)},
+    )
+
+
+def _check_key(key: str) -> None:
+    if key in KEYS or key.startswith(MOUNT_PREFIX):
+        return
+    if key.startswith(CRIU_PREFIX):
+        option = key.removeprefix(CRIU_PREFIX)
+        if option in CRIU_OPTIONS:
+            return
+        raise SmrError(
+            f"annotation {key}: CRIU option '{option}' is not allowed",
+            hint="allowed: " + ", ".join(sorted(CRIU_OPTIONS)),
+            code=Code.ANNOTATION_INVALID,
+            annotation=key,
+        )
+    close = get_close_matches(key, KEYS, n=1)
+    hint = f"did you mean {close[0]}?" if close else "known: " + ", ".join(KEYS)
+    raise SmrError(f"unknown annotation {key}", hint=hint, code=Code.ANNOTATION_UNKNOWN, annotation=key)
+
+
+def _enum(kind: type[_E], ours: Mapping[str, str], key: str, default: _E) -> _E:
+    value = ours.get(key, default.value)
+    try:
+        return kind(value)
+    except ValueError:
+        allowed = "|".join(member.value for member in kind)
+        raise SmrError(
+            f"annotation {key}={value}: not a valid value",
+            hint=f"use {key}={allowed}",
+            code=Code.ANNOTATION_INVALID,
+            annotation=key,
+        ) from None
+
+
+def _destination(key: str) -> str:
+    destination = key.removeprefix(MOUNT_PREFIX)
+    if destination.startswith("/"):
+        return destination
+    raise SmrError(
+        f"annotation {key}: the destination in the container must be absolute",
+        hint=f"use {MOUNT_PREFIX}/data=/srv/data",
+        code=Code.ANNOTATION_INVALID,
+        annotation=key,
+    )
+
+
+def _source(key: str, value: str) -> str:
+    if value.startswith("/"):
+        return value
+    raise SmrError(
+        f"annotation {key}={value}: the source on the host must be an absolute path",
+        hint=f"use {key}=/srv/data",
+        code=Code.ANNOTATION_INVALID,
+        annotation=key,
+    )

@@ -1,0 +1,145 @@
+"""The config blob of a checkpoint image: the facts that a preflight and a restore need, versioned.
+
+It is JSON, media type `CONFIG_TYPE`. `version` is `FORMAT_VERSION`; a reader refuses a newer one (IMAGE_VERSION) and ignores
+fields it does not know within the same version. The layer media types of an image stand here too. Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from enum import StrEnum
+from typing import TypeVar
+
+from smr.proto.errors import Code, SmrError
+from smr.proto.oci import as_list, as_object
+
+FORMAT_VERSION = 1
+
+ARTIFACT_TYPE = "application/vnd.smr.checkpoint.v1"
+CONFIG_TYPE = "application/vnd.smr.checkpoint.config.v1+json"
+
+
+class LayerType(StrEnum):
+    """Media types of layers.
+
+    CRIU      tar of CRIU's small images (all but pages-*.img), with `descriptors.json` of the runtime; flat, regular files only
+    PAGES     one pages-N.img as CRIU wrote it; the name is in the annotation org.opencontainers.image.title
+    ROOTFS    tar of the writable layer, OCI layer semantics (`.wh.` whiteouts, `.wh..wh..opq`)
+    TMPFS     tar of an external tmpfs (/dev/shm); the destination is in the annotation `MOUNT_ANNOTATION`
+    ENGINE    JSON that the source engine keeps about the container (podman's config.dump...); the title names the file
+    """
+
+    CRIU = "application/vnd.smr.criu.v1.tar"
+    PAGES = "application/vnd.smr.criu.pages.v1"
+    ROOTFS = "application/vnd.smr.rootfs.diff.v1.tar"
+    TMPFS = "application/vnd.smr.tmpfs.v1.tar"
+    ENGINE = "application/vnd.smr.engine.v1+json"
+
+
+TITLE_ANNOTATION = "org.opencontainers.image.title"
+MOUNT_ANNOTATION = "vnd.smr.mount"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """The machine of the checkpoint. `cpu_flags` are those of /proc/cpuinfo, sorted."""
+
+    architecture: str
+    kernel: str
+    criu: str
+    runtime: str
+    cpu_model: str = ""
+    cpu_flags: tuple[str, ...] = ()
+    cgroup: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """The container that was checkpointed. Digest is empty where the root was no image (`--rootfs`)."""
+
+    engine: str
+    container_id: str
+    container_name: str = ""
+    image: str = ""
+    image_digest: str = ""
+    rootfs: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One process of the tree, by its pid in the container's pid namespace. `stopped` tasks stay stopped after a restore."""
+
+    pid: int
+    ppid: int
+    command: str
+    threads: int = 1
+    stopped: bool = False
+
+
+_Record = TypeVar("_Record", Host, Source, Task)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    """All that is known of a checkpoint before a byte of its layers is read.
+
+    `spec` is the OCI spec the container ran with. `external_mounts` are destinations that CRIU expects from outside.
+    `bound_addresses` are addresses other than wildcard and loopback that sockets of the tree were bound to.
+    `criu_options` are the options the dump needed and the restore needs too. Times are RFC 3339 UTC, sizes bytes.
+    """
+
+    created: str
+    host: Host
+    source: Source
+    spec: Mapping[str, object]
+    version: int = FORMAT_VERSION
+    external_mounts: tuple[str, ...] = ()
+    tasks: tuple[Task, ...] = ()
+    addresses: tuple[str, ...] = ()
+    bound_addresses: tuple[str, ...] = ()
+    tcp: str = "close"
+    criu_options: tuple[str, ...] = ()
+    memory_bytes: int = 0
+    pause_s: float = 0.0
+    stages_s: Mapping[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> bytes:
+        """Canonical JSON: sorted keys, no white space, UTF-8."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()
+
+
+def parse_config(blob: bytes) -> CheckpointConfig:
+    """Read a config blob. Raises IMAGE_VERSION for a newer format, IMAGE_CORRUPT when it is not a config."""
+    try:
+        document = as_object(json.loads(blob), "config")
+    except (ValueError, SmrError) as error:
+        raise SmrError(f"checkpoint config is not JSON: {error}", code=Code.IMAGE_CORRUPT) from error
+    version = document.get("version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise SmrError(
+            f"checkpoint has format version {version}, this SMR reads up to {FORMAT_VERSION}",
+            hint="install a newer SMR on this node",
+            code=Code.IMAGE_VERSION,
+        )
+    try:
+        return _parse(document)
+    except (TypeError, ValueError, KeyError, SmrError) as error:
+        raise SmrError(f"checkpoint config cannot be read: {error}", code=Code.IMAGE_CORRUPT) from error
+
+
+def _parse(document: Mapping[str, object]) -> CheckpointConfig:
+    known = {key: document[key] for key in (f.name for f in fields(CheckpointConfig)) if key in document}
+    known["host"] = _record(Host, document["host"], "host")
+    known["source"] = _record(Source, document["source"], "source")
+    known["tasks"] = tuple(_record(Task, task, "tasks[]") for task in as_list(document.get("tasks"), "tasks"))
+    for name in ("external_mounts", "addresses", "bound_addresses", "criu_options"):
+        known[name] = tuple(str(item) for item in as_list(document.get(name), name))
+    return CheckpointConfig(**known)  # type: ignore[arg-type]  # checked by name above, by value where it is used
+
+
+def _record(kind: type[_Record], value: object, what: str) -> _Record:
+    names = {f.name for f in fields(kind)}
+    known = {k: tuple(v) if isinstance(v, list) else v for k, v in as_object(value, what).items() if k in names}
+    return kind(**known)

@@ -1,0 +1,1 @@
+"""CRIU image messages, the fields that SMR reads."""

@@ -1,0 +1,1 @@
+"""Lifecycle: containerd shim, OCI runtime, restore and checkpoint plans, CRIU, engines, the command line."""

@@ -1,0 +1,63 @@
+"""Settings of a node: `/etc/smr/smr.toml`, then `SMR_*` environment variables, then flags. An unknown key is an error.
+
+[smr]
+store = "/var/lib/smr"        # checkpoint images
+run = "/run/smr"              # state of restored containers; must not survive a boot
+criu = "/opt/smr/criu/sbin/criu"
+runtime = "runc"              # the real OCI runtime: a name on PATH or a path
+log = "/var/log/smr/smr.log"
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+
+from smr.proto.errors import Code, SmrError
+
+DEFAULT_PATH = Path("/etc/smr/smr.toml")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Settings; every field has a default that works on a node where nothing was configured."""
+
+    store: Path = Path("/var/lib/smr")
+    run: Path = Path("/run/smr")
+    criu: str = "criu"
+    runtime: str = ""
+    log: Path = Path("/var/log/smr/smr.log")
+
+
+def load(path: Path | None = None, environ: Mapping[str, str] | None = None) -> Config:
+    """Settings of this node. A missing file gives the defaults; a bad one raises CONFIG_INVALID."""
+    env = os.environ if environ is None else environ
+    file = path or Path(env.get("SMR_CONFIG", str(DEFAULT_PATH)))
+    values = _from_file(file)
+    for name in (f.name for f in fields(Config)):
+        if value := env.get(f"SMR_{name.upper()}"):
+            values[name] = value
+    typed = {name: Path(value) if name in {"store", "run", "log"} else value for name, value in values.items()}
+    return replace(Config(), **typed)  # type: ignore[arg-type]  # names and values are checked
+
+
+def _from_file(file: Path) -> dict[str, str]:
+    import tomllib
+
+    try:
+        document = tomllib.loads(file.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise SmrError(f"cannot read {file}: {error}", hint=f"correct or remove {file}", code=Code.CONFIG_INVALID) from error
+    table = document.pop("smr", {})
+    known = [f.name for f in fields(Config)]
+    for key in [*document, *table]:
+        if key not in known:
+            close = get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "known under [smr]: " + ", ".join(known)
+            raise SmrError(f"{file}: unknown key '{key}'", hint=hint, code=Code.CONFIG_INVALID)
+    return {key: str(value) for key, value in table.items()}
