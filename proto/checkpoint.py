@@ -142,4 +142,4 @@ def _parse(document: Mapping[str, object]) -> CheckpointConfig:
 def _record(kind: type[_Record], value: object, what: str) -> _Record:
     names = {f.name for f in fields(kind)}
     known = {k: tuple(v) if isinstance(v, list) else v for k, v in as_object(value, what).items() if k in names}
-    return kind(**known)
+    return kind(**known)  # type: ignore[arg-type]  # TypeError is IMAGE_CORRUPT in parse_config
