@@ -2,10 +2,12 @@
 
 [smr]
 store = "/var/lib/smr"        # checkpoint images
-run = "/run/smr"              # state of restored containers; must not survive a boot
 criu = "/opt/smr/criu/sbin/criu"
 runtime = "runc"              # the real OCI runtime: a name on PATH or a path
 log = "/var/log/smr/smr.log"
+
+The state directory (`run`, default /run/smr, must not survive a boot) is set by SMR_RUN alone: the sh part of smr-runtime
+looks there before anything reads TOML.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ def _from_file(file: Path) -> dict[str, str]:
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise SmrError(f"cannot read {file}: {error}", hint=f"correct or remove {file}", code=Code.CONFIG_INVALID) from error
     table = document.pop("smr", {})
-    known = [f.name for f in fields(Config)]
+    known = [f.name for f in fields(Config) if f.name != "run"]
     for key in [*document, *table]:
         if key not in known:
             close = get_close_matches(key, known, n=1)

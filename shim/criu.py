@@ -1,0 +1,111 @@
+"""CRIU: which one, its version, the configuration file that carries options past runc and crun, and its log.
+
+Options travel in a file named by CRIU_CONFIG_FILE, which CRIU reads before the RPC options of the runtime (CRIU 3.11 and
+newer; criu/config.c, next_config). So the bundle's spec need not be edited. Options that runtimes always send in their RPC
+request (file-locks, shell-job, ext-unix-sk, tcp-established) would be overruled there: those go by runtime flag.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from smr.proto.errors import Code, SmrError
+from smr.shim.config import Config
+from smr.shim.run import run
+
+MINIMUM = (4, 1)
+# Sent by runc and crun in every request, so only their own flags have an effect.
+RUNTIME_FLAGS = frozenset({"file-locks", "shell-job", "ext-unix-sk", "tcp-established"})
+_HINT = "run install.sh, which provides one, or set criu in /etc/smr/smr.toml"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Criu:
+    """A CRIU that can be used: its path and version."""
+
+    path: Path
+    version: tuple[int, int, int]
+
+    @property
+    def version_text(self) -> str:
+        """As CRIU prints it."""
+        major, minor, patch = self.version
+        return f"{major}.{minor}.{patch}" if patch else f"{major}.{minor}"
+
+    def environment(self, config_file: Path) -> dict[str, str]:
+        """What a runtime needs to find this CRIU and the options: PATH is prepended, never replaced."""
+        import os
+
+        path = os.environ.get("PATH", os.defpath)
+        return {"PATH": f"{self.path.parent}:{path}", "CRIU_CONFIG_FILE": str(config_file)}
+
+
+def find(config: Config) -> Criu:
+    """The configured CRIU. Raises CRIU_MISSING, or CRIU_TOO_OLD below 4.1."""
+    found = shutil.which(config.criu)
+    if found is None:
+        raise SmrError(f"CRIU not found: {config.criu}", hint=_HINT, code=Code.CRIU_MISSING, criu=config.criu)
+    path = Path(found)
+    if path.name != "criu":
+        raise SmrError(f"the CRIU program must be named criu, found {path}", hint=_HINT, code=Code.CRIU_MISSING, criu=path)
+    version = _version(path, config.run)
+    if version < (*MINIMUM, 0):
+        raise SmrError(
+            f"CRIU {'.'.join(map(str, version))} at {path} is too old: needed 4.1 or newer",
+            hint=_HINT,
+            code=Code.CRIU_TOO_OLD,
+            criu=path,
+        )
+    return Criu(path=path, version=version)
+
+
+def _version(path: Path, run_dir: Path) -> tuple[int, int, int]:
+    """`criu --version`, remembered in the state directory by the program's size and times: it is asked at every restore."""
+    status = path.stat()
+    key = f"{path}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
+    cache = run_dir / "criu-version"
+    try:
+        known, _, text = cache.read_text().partition("\n")
+    except OSError:
+        known, text = "", ""
+    if known != key:
+        text = run([path, "--version"], timeout_s=20, code=Code.CRIU_FAILED).stdout
+        _remember(cache, f"{key}\n{text}")
+    match = re.search(r"Version:\s*v?(\d+)\.(\d+)(?:\.(\d+))?", text)
+    if match is None:
+        raise SmrError(f"{path} does not print a CRIU version: {text.strip()!r}", hint=_HINT, code=Code.CRIU_MISSING)
+    major, minor, patch = match.groups(default="0")
+    return int(major), int(minor), int(patch)
+
+
+def _remember(cache: Path, text: str) -> None:
+    import contextlib
+
+    from smr.shim.files import write_atomic
+
+    with contextlib.suppress(OSError):
+        cache.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_atomic(cache, text.encode(), durable=False)
+
+
+def write_options(path: Path, options: Mapping[str, str]) -> None:
+    """Write a CRIU configuration file: an option a line, "" for a flag."""
+    path.write_text("".join(f"{name} {value}".rstrip() + "\n" for name, value in options.items()))
+
+
+def quote_log(log: Path, *, before: int = 2, most: int = 12) -> str:
+    """The lines around `Error` in a CRIU log, at most `most`, with the log's path; what runc prints, made short."""
+    try:
+        lines = log.read_text(errors="replace").splitlines()
+    except OSError:
+        return f"no log at {log}"
+    wanted: list[int] = []
+    for number, line in enumerate(lines):
+        if "Error" in line and "rlimit: Can't setup" not in line:
+            wanted += [index for index in range(max(0, number - before), number + 1) if index not in wanted]
+    quoted = [re.sub(r"^\(\d+\.\d+\)\s*", "", lines[index].strip()) for index in wanted[:most]]
+    return f"{log}: " + (" | ".join(quoted) if quoted else "no line with 'Error'")

@@ -1,0 +1,121 @@
+"""What SMR does inside a container's network namespace: `lo` up, and which addresses it has.
+
+Everything runs in a thread that enters the namespace and ends: setns(CLONE_NEWNET) is per thread. `os.setns` is new in
+Python 3.12, hence libc's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from smr.proto.errors import Code, SmrError
+
+_CLONE_NEWNET = 0x40000000
+_SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 0x1
+_T = TypeVar("_T")
+
+
+def in_namespace(namespace: Path, action: Callable[[], _T]) -> _T:
+    """Run `action` in a network namespace (/proc/PID/ns/net or a bind of one) and return its result."""
+    result: list[_T] = []
+    failure: list[OSError] = []
+
+    def work() -> None:
+        try:
+            fd = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                if ctypes.CDLL(None, use_errno=True).setns(fd, _CLONE_NEWNET) != 0:
+                    number = ctypes.get_errno()
+                    raise OSError(number, os.strerror(number))
+            finally:
+                os.close(fd)
+            result.append(action())
+        except OSError as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=work, name="smr-netns")
+    thread.start()
+    thread.join()
+    if failure:
+        raise SmrError(
+            f"cannot work in network namespace {namespace}: {failure[0].strerror}", code=Code.NETWORK_FAILED
+        ) from failure[0]
+    return result[0]
+
+
+def loopback_up(namespace: Path) -> bool:
+    """Set `lo` up when it is down; True when that changed anything. CRIU leaves it down in a namespace it made."""
+    return in_namespace(namespace, _loopback_up)
+
+
+def _loopback_up() -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as control:
+        request = struct.pack("16sh14x", b"lo", 0)
+        name, flags = struct.unpack("16sh14x", fcntl.ioctl(control, _SIOCGIFFLAGS, request))
+        if flags & _IFF_UP:
+            return False
+        fcntl.ioctl(control, _SIOCSIFFLAGS, struct.pack("16sh14x", name, flags | _IFF_UP))
+        return True
+
+
+def addresses(pid: int) -> tuple[str, ...]:
+    """Local unicast addresses in the network namespace of `pid`, IPv4 then IPv6, without loopback; from /proc/PID/net."""
+    return (*_addresses4(pid), *_addresses6(pid))
+
+
+def _addresses4(pid: int) -> list[str]:
+    """fib_trie lists each local address as a /32 host LOCAL leaf."""
+    found: list[str] = []
+    previous = ""
+    for line in _lines(pid, "fib_trie"):
+        if "/32 host LOCAL" in line and previous.startswith("|-- "):
+            address = previous.removeprefix("|-- ")
+            if not address.startswith("127.") and address not in found:
+                found.append(address)
+        previous = line.strip()
+    return found
+
+
+def _addresses6(pid: int) -> list[str]:
+    raw = [line.split() for line in _lines(pid, "if_inet6")]
+    return [socket.inet_ntop(socket.AF_INET6, bytes.fromhex(words[0])) for words in raw if words and words[-1] != "lo"]
+
+
+def bound_addresses(pid: int) -> tuple[str, ...]:
+    """Addresses other than wildcard and loopback to which sockets of the namespace of `pid` are bound without a peer."""
+    found: set[str] = set()
+    for name in ("tcp", "udp", "tcp6", "udp6", "raw", "raw6"):
+        for line in _lines(pid, f"{name}")[1:]:
+            words = line.split()
+            established = name.startswith("tcp") and words[3] != "0A"
+            if not established:
+                found.add(_address(words[1].split(":")[0]))
+    return tuple(sorted(address for address in found if address and not _is_local(address)))
+
+
+def _address(text: str) -> str:
+    """/proc/net prints addresses as host-order 32-bit words in hexadecimal."""
+    raw = b"".join(struct.pack("=I", int(text[at : at + 8], 16)) for at in range(0, len(text), 8))
+    return socket.inet_ntop(socket.AF_INET if len(raw) == 4 else socket.AF_INET6, raw)
+
+
+def _is_local(address: str) -> bool:
+    import ipaddress
+
+    parsed = ipaddress.ip_address(address)
+    return parsed.is_unspecified or parsed.is_loopback
+
+
+def _lines(pid: int, name: str) -> list[str]:
+    try:
+        return (Path("/proc") / str(pid) / "net" / name).read_text().splitlines()
+    except OSError:
+        return []

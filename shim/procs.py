@@ -1,0 +1,103 @@
+"""Processes as /proc shows them: trees, container pids, leftovers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+PROC = Path("/proc")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Process:
+    """One process: host pid, pid in its innermost namespace, state letter of /proc/PID/stat."""
+
+    pid: int
+    ns_pid: int
+    state: str
+
+
+def tree(root_pid: int) -> list[Process]:
+    """`root_pid` and all its descendants, parents first. Processes that end meanwhile are left out."""
+    found: list[Process] = []
+    todo = [root_pid]
+    while todo:
+        pid = todo.pop(0)
+        process = describe(pid)
+        if process is None:
+            continue
+        found.append(process)
+        todo += children(pid)
+    return found
+
+
+def children(pid: int) -> list[int]:
+    """Children of all threads of `pid`."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for task in (PROC / str(pid) / "task").iterdir():
+            with contextlib.suppress(OSError):
+                found += [int(word) for word in (task / "children").read_text().split()]
+    return found
+
+
+def describe(pid: int) -> Process | None:
+    """State of one process, or None when it is gone."""
+    try:
+        lines = (PROC / str(pid) / "status").read_text(errors="replace").splitlines()
+    except OSError:
+        return None
+    values = dict(line.split(":", 1) for line in lines if ":" in line)
+    ns_pids = values.get("NSpid", str(pid)).split()
+    return Process(pid=pid, ns_pid=int(ns_pids[-1]), state=values.get("State", "?").split()[0])
+
+
+def all_pids() -> list[int]:
+    """Every process of this pid namespace."""
+    return [int(entry.name) for entry in PROC.iterdir() if entry.name.isdigit()]
+
+
+def holding(folder: Path) -> list[int]:
+    """Processes with an open file, or the current directory, in `folder`; not this one."""
+    prefix = f"{folder}"
+    return [pid for pid in all_pids() if pid != os.getpid() and any(_inside(link, prefix) for link in _links(pid))]
+
+
+def _inside(link: str, prefix: str) -> bool:
+    return link == prefix or link.startswith(prefix + "/")
+
+
+def _links(pid: int) -> Iterable[str]:
+    with contextlib.suppress(OSError):
+        yield str((PROC / str(pid) / "cwd").readlink())
+    with contextlib.suppress(OSError):
+        for fd in (PROC / str(pid) / "fd").iterdir():
+            with contextlib.suppress(OSError):
+                yield str(fd.readlink())
+
+
+def kill_all(find: Callable[[], Iterable[int]], *, timeout_s: float = 10.0) -> list[int]:
+    """SIGKILL what `find` returns until it returns nothing; what is left after `timeout_s` is returned.
+
+    `find` is asked again each round, because a process may fork while it is being killed.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        left = [pid for pid in find() if (process := describe(pid)) is not None and process.state != "Z"]
+        if not left or time.monotonic() > deadline:
+            return left
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def alive(pid: int) -> bool:
+    """Whether `pid` exists and is no zombie."""
+    process = describe(pid) if pid > 0 else None
+    return process is not None and process.state not in "ZX"
