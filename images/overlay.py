@@ -1,0 +1,204 @@
+"""What an overlayfs upper directory says about its container's root: what was made, changed and removed.
+
+`Walker` goes through an upper directory (or a plain tree) once, by descriptors and never through a symbolic link, because a
+running container may edit it meanwhile. It yields `Found` in tar order: a directory before what is in it.
+
+Overlay's marks (Documentation/filesystems/overlayfs.rst): a whiteout is a character device 0:0, or since 6.7 an empty file with
+the attribute `overlay.whiteout`; `overlay.opaque` = y hides a directory of the lower layers; `overlay.redirect` says that a
+renamed directory (or a file with `overlay.metacopy`) has its content elsewhere in the lower layers. The attributes' namespace is
+`trusted.`, or `user.` for mounts with `userxattr`. A renamed directory is walked merged with its lower content, behind an opaque
+mark.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from enum import Enum, auto
+from pathlib import Path
+
+from smr.images.tarsafe import Parts, read_xattrs, safe_parts
+from smr.proto.errors import Code, SmrError
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_MAX_DEPTH = 256
+
+
+class Mark(Enum):
+    """What was found."""
+
+    OBJECT = auto()
+    WHITEOUT = auto()
+    OPAQUE = auto()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """One finding at `path`. `parent` is the directory that holds it; `content` where a file's bytes are when not there."""
+
+    mark: Mark
+    path: Parts
+    parent: int
+    stat: os.stat_result
+    xattrs: Mapping[str, bytes]
+    content: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A directory being walked: its layers, top first, and where its lower content is (None: it has none)."""
+
+    path: Parts
+    layers: tuple[int, ...]
+    lower: Parts | None
+    merged: bool
+
+
+class Walker:
+    """Walks `top`, a path or a descriptor; paths begin with `prefix`.
+
+    `lowers` are the lower layers, the highest first, looked at only for renamed directories and metacopy files.
+    """
+
+    def __init__(
+        self,
+        top: Path | int,
+        lowers: Sequence[Path] = (),
+        *,
+        exclude: Collection[Parts] = (),
+        overlay: bool = True,
+        prefix: Parts = (),
+    ) -> None:
+        self._top = top
+        self._prefix = prefix
+        self._lowers = lowers
+        self._exclude = frozenset(exclude)
+        self._overlay = overlay
+        self.excluded = 0
+
+    def __iter__(self) -> Iterator[Found]:
+        root = os.dup(self._top) if isinstance(self._top, int) else os.open(self._top, _DIRECTORY & ~os.O_NOFOLLOW)
+        try:
+            attributes = read_xattrs(root, ".")
+            yield Found(mark=Mark.OBJECT, path=self._prefix, parent=root, stat=os.fstat(root), xattrs=attributes)
+            yield from self._directory(_Place(self._prefix, (root,), (), merged=False))
+        finally:
+            os.close(root)
+
+    def _directory(self, place: _Place) -> Iterator[Found]:
+        if len(place.path) > _MAX_DEPTH:
+            raise SmrError(f"/{'/'.join(place.path[:8])}/... is more than {_MAX_DEPTH} directories deep", code=Code.UNSUPPORTED)
+        seen: set[str] = set()
+        for depth, layer in enumerate(place.layers):
+            with os.scandir(layer) as entries:
+                names = sorted(entry.name for entry in entries)
+            for name in names:
+                if name not in seen:
+                    seen.add(name)
+                    yield from self._child(place, depth, name)
+
+    def _child(self, place: _Place, depth: int, name: str) -> Iterator[Found]:
+        path = (*place.path, name)
+        if path in self._exclude:
+            self.excluded += 1
+            return
+        parent = place.layers[depth]
+        try:
+            status = os.stat(name, dir_fd=parent, follow_symlinks=False)
+            attributes = read_xattrs(parent, name)
+        except FileNotFoundError:  # removed by a running container
+            return
+        if self._overlay and _is_whiteout(status, attributes):
+            if not place.merged:
+                yield Found(mark=Mark.WHITEOUT, path=path, parent=parent, stat=status, xattrs={})
+            return
+        content = self._content(place, depth, name, attributes) if stat.S_ISREG(status.st_mode) else None
+        found = Found(mark=Mark.OBJECT, path=path, parent=parent, stat=status, xattrs=attributes, content=content)
+        yield found
+        if stat.S_ISDIR(status.st_mode):
+            yield from self._enter(place, depth, found)
+
+    def _enter(self, place: _Place, depth: int, found: Found) -> Iterator[Found]:
+        name, redirect = found.path[-1], _attribute(found.xattrs, "redirect") if self._overlay else None
+        opaque = self._overlay and _attribute(found.xattrs, "opaque") == b"y"
+        with ExitStack() as held:
+            layers = [held.enter_context(_opened(found.parent, name))]
+            merged = place.merged or redirect is not None
+            lower = None if place.lower is None or opaque else _redirected(place.lower, name, redirect)
+            if merged and not opaque:
+                if redirect is not None and lower is not None:
+                    layers += self._lower_directories(held, lower)
+                else:
+                    layers += _descend(held, place.layers[depth + 1 :], name)
+            if opaque or (merged and not place.merged):
+                yield Found(mark=Mark.OPAQUE, path=found.path, parent=found.parent, stat=found.stat, xattrs={})
+            yield from self._directory(_Place(found.path, tuple(layers), lower, merged))
+
+    def _lower_directories(self, held: ExitStack, path: Parts) -> list[int]:
+        layers = [held.enter_context(_opened(None, str(lower))) for lower in self._lowers]
+        for part in path:
+            layers = _descend(held, layers, part)
+        return layers
+
+    def _content(self, place: _Place, depth: int, name: str, attributes: Mapping[str, bytes]) -> Path | None:
+        if depth or not self._overlay or _attribute(attributes, "metacopy") is None or place.lower is None:
+            return None
+        path = _redirected(place.lower, name, _attribute(attributes, "redirect"))
+        for lower in self._lowers:
+            candidate = lower.joinpath(*path)
+            if not candidate.is_symlink() and candidate.is_file() and candidate.parent.resolve() == candidate.parent:
+                return candidate
+        raise SmrError(
+            f"/{'/'.join((*place.path, name))} is a metadata-only copy whose content is in none of the lower layers",
+            hint="the overlay's lower directories must be given",
+            code=Code.ROOTFS_FAILED,
+        )
+
+
+class _opened:  # noqa: N801  # used as a function
+    """A directory opened for the length of a `with`."""
+
+    def __init__(self, parent: int | None, name: str) -> None:
+        self._fd = os.open(name, _DIRECTORY, dir_fd=parent)
+
+    def __enter__(self) -> int:
+        return self._fd
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+
+def _descend(held: ExitStack, layers: Sequence[int], name: str) -> list[int]:
+    """The directories `name` of a stack of layers that are seen merged: up to the first that is no directory, or is opaque."""
+    found: list[int] = []
+    for layer in layers:
+        try:
+            status = os.stat(name, dir_fd=layer, follow_symlinks=False)
+        except FileNotFoundError:
+            continue
+        if not stat.S_ISDIR(status.st_mode):
+            break
+        found.append(held.enter_context(_opened(layer, name)))
+        if _attribute(read_xattrs(layer, name), "opaque") == b"y":
+            break
+    return found
+
+
+def _redirected(lower: Parts, name: str, redirect: bytes | None) -> Parts:
+    if redirect is None:
+        return (*lower, name)
+    target = os.fsdecode(redirect)
+    return safe_parts(target.lstrip("/")) if target.startswith("/") else (*lower, *safe_parts(target))
+
+
+def _is_whiteout(status: os.stat_result, attributes: Mapping[str, bytes]) -> bool:
+    if stat.S_ISCHR(status.st_mode):
+        return status.st_rdev == 0
+    return stat.S_ISREG(status.st_mode) and status.st_size == 0 and _attribute(attributes, "whiteout") is not None
+
+
+def _attribute(attributes: Mapping[str, bytes], name: str) -> bytes | None:
+    return attributes.get(f"trusted.overlay.{name}", attributes.get(f"user.overlay.{name}"))
