@@ -158,7 +158,7 @@ def view(root: Path) -> dict[str, object]:
 
 
 def test_a_changed_root_arrives_as_it_was(make: Make, disk: Path) -> None:
-    """Whiteouts, opaque directories, links, attributes, capabilities, holes and fifos: the second merged view equals the first."""
+    """Whiteouts, opaque directories, links, attributes, capabilities, holes, fifos: the second merged view equals the first."""
     first, second = make("first"), make("second")
     change(first.merged)
     stats = diff_overlay(first.upper, first.lowers, disk / "layer.tar", exclude=())
@@ -270,7 +270,7 @@ def test_an_unsafe_layer_leaves_the_root_alone(make: Make, disk: Path) -> None:
 
 @pytest.mark.parametrize("options", [",redirect_dir=on", ",redirect_dir=on,metacopy=on", ",metacopy=off,redirect_dir=off"])
 def test_renamed_directories_and_metadata_copies(make: Make, disk: Path, options: str) -> None:
-    """With redirect_dir and metacopy the upper holds references into the lower layers: their content is carried, not the reference."""
+    """With redirect_dir and metacopy the upper refers to content of lower layers: that is carried, not the reference."""
     first, second = make("first", options), make("second")
     subprocess.run(["mv", str(first.merged / "var/cache/deep"), str(first.merged / "srv/moved")], check=True)
     subprocess.run(["mv", str(first.merged / "etc"), str(first.merged / "configuration")], check=True)
