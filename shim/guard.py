@@ -48,9 +48,7 @@ class Guard:
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self._pid, 0)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         """An exception that reaches here was handled by the owner, which undoes in its own process; the guard stands down."""
         self.done()
 

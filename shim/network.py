@@ -66,12 +66,17 @@ def _loopback_up() -> bool:
         return True
 
 
-def addresses(pid: int) -> tuple[str, ...]:
+def addresses(pid: int | str) -> tuple[str, ...]:
     """Local unicast addresses in the network namespace of `pid`, IPv4 then IPv6, without loopback; from /proc/PID/net."""
     return (*_addresses4(pid), *_addresses6(pid))
 
 
-def _addresses4(pid: int) -> list[str]:
+def addresses_of_namespace(namespace: Path) -> tuple[str, ...]:
+    """The same for a namespace by its path; /proc/thread-self/net shows the namespace the thread has entered."""
+    return in_namespace(namespace, lambda: addresses("thread-self"))
+
+
+def _addresses4(pid: int | str) -> list[str]:
     """fib_trie lists each local address as a /32 host LOCAL leaf."""
     found: list[str] = []
     previous = ""
@@ -84,12 +89,12 @@ def _addresses4(pid: int) -> list[str]:
     return found
 
 
-def _addresses6(pid: int) -> list[str]:
+def _addresses6(pid: int | str) -> list[str]:
     raw = [line.split() for line in _lines(pid, "if_inet6")]
     return [socket.inet_ntop(socket.AF_INET6, bytes.fromhex(words[0])) for words in raw if words and words[-1] != "lo"]
 
 
-def bound_addresses(pid: int) -> tuple[str, ...]:
+def bound_addresses(pid: int | str) -> tuple[str, ...]:
     """Addresses other than wildcard and loopback to which sockets of the namespace of `pid` are bound without a peer."""
     found: set[str] = set()
     for name in ("tcp", "udp", "tcp6", "udp6", "raw", "raw6"):
@@ -114,7 +119,7 @@ def _is_local(address: str) -> bool:
     return parsed.is_unspecified or parsed.is_loopback
 
 
-def _lines(pid: int, name: str) -> list[str]:
+def _lines(pid: int | str, name: str) -> list[str]:
     try:
         return (Path("/proc") / str(pid) / "net" / name).read_text().splitlines()
     except OSError:

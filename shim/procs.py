@@ -101,3 +101,12 @@ def alive(pid: int) -> bool:
     """Whether `pid` exists and is no zombie."""
     process = describe(pid) if pid > 0 else None
     return process is not None and process.state not in "ZX"
+
+
+def started(pid: int) -> float:
+    """When a process began, in seconds since boot (field 22 of /proc/PID/stat); 0.0 when it is gone."""
+    try:
+        text = (PROC / str(pid) / "stat").read_text(errors="replace")
+    except OSError:
+        return 0.0
+    return int(text.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")

@@ -68,11 +68,13 @@ class Record:
     reason_code: str = ""
     started: str = ""
     started_monotonic: float = 0.0
+    started_boottime: float = 0.0
     stages: list[Stage] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     annotations: Mapping[str, str] = field(default_factory=dict)
     criu_options: tuple[str, ...] = ()
     mounts_before: tuple[str, ...] = ()
+    stopped_pids: tuple[int, ...] = ()
     undo_rootfs: bool = False
     undo_spec: bool = False
 
@@ -173,6 +175,8 @@ def begin(run: Path, record: Record) -> ContainerState:
     now = time.monotonic()
     record.started = datetime.now(UTC).isoformat(timespec="milliseconds")
     record.started_monotonic = now
+    # One clock tick earlier: /proc counts starts of processes in ticks.
+    record.started_boottime = time.clock_gettime(time.CLOCK_BOOTTIME) - 0.01
     record.owner_pid = os.getpid()
     state = ContainerState(path, record)
     state.save()
@@ -182,16 +186,16 @@ def begin(run: Path, record: Record) -> ContainerState:
 def find(run: Path, root: str, container_id: str) -> ContainerState | None:
     """The state of a container, or None when it is not ours."""
     path = state_path(run, root, container_id)
-    return _load(path) if container_id and path.is_dir() else None
+    return load_path(path) if container_id and path.is_dir() else None
 
 
 def all_states(run: Path) -> list[ContainerState]:
     """Every container SMR knows on this node, oldest first."""
-    found = [state for file in (run / "containers").glob("**/state.json") if (state := _load(file.parent))]
+    found = [state for file in (run / "containers").glob("**/state.json") if (state := load_path(file.parent))]
     return sorted(found, key=lambda state: state.record.started)
 
 
-def _load(path: Path) -> ContainerState | None:
+def load_path(path: Path) -> ContainerState | None:
     try:
         document = json.loads((path / "state.json").read_bytes())
     except FileNotFoundError:
@@ -203,4 +207,5 @@ def _load(path: Path) -> ContainerState | None:
     values["stages"] = [Stage(**stage) for stage in values["stages"]]
     values["criu_options"] = tuple(values["criu_options"])
     values["mounts_before"] = tuple(values["mounts_before"])
+    values["stopped_pids"] = tuple(values["stopped_pids"])
     return ContainerState(path, Record(**values))

@@ -1,0 +1,196 @@
+"""`smr checkpoint`: from a running container of any engine to a committed image.
+
+    freeze      the container's cgroup; clients wait from here
+    dump        CRIU through the real runtime, leave-running; it thaws for the parasite and freezes again
+    rootfs      the overlay's upper directory as a layer, and the contents of /dev/shm
+    thaw        clients go on: `pause_s` ends here
+    commit      hashes, manifest, rename: the image exists from the last rename on, or not at all
+
+The container is frozen while its files are read, so they fit its memory. It is ended (`stop`) only after the commit, through
+its engine. When this process is killed, its guard waits for CRIU to end and thaws the container; the half-made image is swept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from smr.images.image import Image
+from smr.images.store import Ingest, Store
+from smr.proto.annotations import Tcp, check_reference
+from smr.proto.checkpoint import MOUNT_ANNOTATION, CheckpointConfig, Host, LayerType, Source
+from smr.proto.errors import Code, SmrError
+from smr.shim import cgroups, criu, network, preflight
+from smr.shim.config import Config
+from smr.shim.criu import Criu
+from smr.shim.dump import dump, options, restore_options
+from smr.shim.engines import locate
+from smr.shim.engines.target import Target
+from smr.shim.guard import Guard
+from smr.shim.restore import external_destinations
+from smr.shim.rootfs import OverlayMount, overlay_of
+from smr.shim.run import run
+
+Progress = Callable[[str], None]
+_SHM = "/dev/shm"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """A finished checkpoint. `pause_s` is how long clients waited, `stages_s` where the time went."""
+
+    image: Image
+    pause_s: float
+    stages_s: dict[str, float]
+    warnings: tuple[str, ...] = ()
+
+
+class _Stages:
+    """Times of stages, told to the user as they begin."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.seconds: dict[str, float] = {}
+        self._progress = progress
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self._progress(name)
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(time.monotonic() - start, 6)
+
+
+def checkpoint(target: Target, name: str, config: Config, *, tcp: Tcp, stop: bool, progress: Progress = lambda _: None) -> Result:
+    """Checkpoint `target` as image `name`. A failure leaves the container as it was and no trace in the store."""
+    check_reference(name)
+    if target.status not in {"running", "paused"}:
+        raise SmrError(
+            f"container {target.name or target.id} is {target.status}: needed running",
+            hint="start it first",
+            code=Code.CONTAINER_STATE,
+            container=target.id,
+        )
+    tool = criu.find(config)
+    stages = _Stages(progress)
+    with Store(config.store).ingest() as ingest:
+        paused_for = _capture(target, ingest, tool, tcp, stages)
+        with stages.stage("describe"):
+            facts = _describe(target, ingest.path / "criu", tool, tcp, paused_for, stages.seconds)
+        with stages.stage("commit"):
+            _add_layers(target, ingest)
+            image = ingest.commit(name, facts)
+    if stop:
+        with stages.stage("stop"):
+            locate.stop(target)
+    return Result(image=image, pause_s=paused_for, stages_s=stages.seconds)
+
+
+def _capture(target: Target, ingest: Ingest, tool: Criu, tcp: Tcp, stages: _Stages) -> float:
+    """Everything that needs the container to hold still; returns the length of the pause in seconds."""
+    folder = ingest.path / "criu"
+    folder.mkdir(mode=0o700)
+    was_paused = target.status == "paused"
+    overlay = overlay_of(target.rootfs)
+    with Guard(lambda: None if was_paused else _thaw(target), until_children_end=True) as guard:
+        start = time.monotonic()
+        try:
+            with stages.stage("freeze"):
+                if not was_paused:
+                    run(target.runtime_command("pause", target.id), timeout_s=60, code=Code.CHECKPOINT_FAILED)
+            with stages.stage("dump"):
+                dump(target, folder, ingest.path / "work", options(tcp), tool, guard)
+            with stages.stage("rootfs"):
+                _capture_files(target, overlay, ingest.path)
+        finally:
+            with stages.stage("thaw"):
+                if not was_paused:
+                    _thaw(target)
+        return round(time.monotonic() - start, 6)
+
+
+def _thaw(target: Target) -> None:
+    run(target.runtime_command("resume", target.id), timeout_s=60, code=Code.CHECKPOINT_FAILED)
+
+
+def _capture_files(target: Target, overlay: OverlayMount | None, folder: Path) -> None:
+    from smr.images.layer import diff_overlay, pack_tree
+
+    exclude = [mount.destination for mount in target.spec.mounts]
+    if overlay is not None:
+        diff_overlay(overlay.upper, overlay.lowers, folder / "rootfs.tar", exclude=exclude)
+    shm = _external_shm(target)
+    if shm is not None:
+        pack_tree(shm, folder / "shm.tar")
+
+
+def _external_shm(target: Target) -> Path | None:
+    """The host's side of /dev/shm, where the engine made it; a tmpfs that the runtime mounts is CRIU's."""
+    sources = [Path(mount.source) for mount in target.spec.mounts if mount.destination == _SHM and mount.is_bind]
+    return sources[0] if sources and sources[0] != Path(_SHM) and sources[0].is_dir() else None
+
+
+def _add_layers(target: Target, ingest: Ingest) -> None:
+    """Hand the captured files to the store."""
+    from smr.images.criutar import pack_criu
+
+    folder = ingest.path / "criu"
+    for pages in sorted(folder.glob("pages-*.img")):
+        ingest.add(pages, LayerType.PAGES, title=pages.name)
+    pack_criu(folder, ingest.path / "criu.tar")
+    ingest.add(ingest.path / "criu.tar", LayerType.CRIU)
+    if (ingest.path / "rootfs.tar").exists():
+        ingest.add(ingest.path / "rootfs.tar", LayerType.ROOTFS)
+    if (ingest.path / "shm.tar").exists():
+        ingest.add(ingest.path / "shm.tar", LayerType.TMPFS, annotations={MOUNT_ANNOTATION: _SHM})
+    for name, content in target.engine_files.items():
+        file = ingest.path / name
+        file.write_bytes(content)
+        ingest.add(file, LayerType.ENGINE, title=name)
+
+
+def _describe(target: Target, folder: Path, tool: Criu, tcp: Tcp, pause_s: float, stages_s: dict[str, float]) -> CheckpointConfig:
+    from smr.images.criu_files import tasks
+
+    own_network = "network" in target.spec.namespaces
+    return CheckpointConfig(
+        created=datetime.now(UTC).isoformat(timespec="milliseconds"),
+        host=_host(target, tool),
+        source=Source(
+            engine=target.engine.value,
+            container_id=target.id,
+            container_name=target.name,
+            image=target.image,
+            image_digest=target.image_digest,
+            rootfs=str(target.rootfs),
+        ),
+        spec=target.spec.document,
+        external_mounts=external_destinations(target.spec.document),
+        tasks=tasks(folder),
+        addresses=network.addresses(target.pid) if own_network else (),
+        bound_addresses=network.bound_addresses(target.pid) if own_network else (),
+        tcp=tcp.value,
+        criu_options=restore_options(tcp),
+        memory_bytes=sum(file.stat().st_size for file in folder.glob("pages-*.img")),
+        pause_s=pause_s,
+        stages_s=dict(stages_s),
+    )
+
+
+def _host(target: Target, tool: Criu) -> Host:
+    version = run([target.runtime, "--version"], timeout_s=20, check=False).stdout
+    return Host(
+        architecture=platform.machine(),
+        kernel=platform.release(),
+        criu=tool.version_text,
+        runtime=(version.splitlines() or [Path(target.runtime).name])[0].strip(),
+        cpu_model=preflight.cpu_model(),
+        cpu_flags=preflight.cpu_flags(),
+        cgroup=cgroups.version(),
+    )

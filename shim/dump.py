@@ -1,0 +1,88 @@
+"""CRIU's side of a checkpoint: the options of a dump, and the dump itself, through the real runtime, of a frozen container."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from smr.proto.annotations import Tcp
+from smr.proto.errors import Code, SmrError
+from smr.shim import criu
+from smr.shim.criu import Criu
+from smr.shim.engines.target import Target
+from smr.shim.guard import Guard
+from smr.shim.oci_args import RuntimeCall
+
+# Unlinked files up to this size travel in the image (CRIU's own limit is 1 MiB).
+_GHOST_LIMIT = "1G"
+
+
+def options(tcp: Tcp, *, iptables: bool | None = None) -> dict[str, str]:
+    """CRIU's options of a dump, by name, "" for flags.
+
+    With `close` no connection is blocked or saved, so nothing need lock the network. `established` locks it, by nftables
+    unless iptables is what the node has.
+    """
+    chosen = {"ghost-limit": _GHOST_LIMIT, "file-locks": "", "ext-unix-sk": "", "link-remap": ""}
+    if tcp is Tcp.CLOSE:
+        return chosen | {"tcp-close": "", "network-lock": "skip", "skip-in-flight": ""}
+    has_iptables = shutil.which("iptables-restore") is not None if iptables is None else iptables
+    return chosen | {"tcp-established": "", "network-lock": "iptables" if has_iptables else "nftables"}
+
+
+def restore_options(tcp: Tcp) -> tuple[str, ...]:
+    """Options that a restore of such a dump must have too."""
+    return tuple(name for name in options(tcp, iptables=True) if name in {"file-locks", "ext-unix-sk", "link-remap"})
+
+
+def engine_options(call: RuntimeCall) -> dict[str, str]:
+    """Options for an engine's own checkpoint verb: what it did not ask for and cannot do harm."""
+    asked = call.option("tcp-established") is not None
+    chosen = {"ghost-limit": _GHOST_LIMIT, "link-remap": ""}
+    if asked and shutil.which("iptables-restore") is None:
+        chosen["network-lock"] = "nftables"
+    return chosen
+
+
+def dump(target: Target, folder: Path, work: Path, chosen: Mapping[str, str], tool: Criu, guard: Guard) -> None:
+    """Dump into `folder`, leaving the container as it was (frozen, when it was). Raises CHECKPOINT_FAILED quoting CRIU's log."""
+    work.mkdir(mode=0o700, exist_ok=True)
+    config_file = work / "criu.conf"
+    criu.write_options(config_file, {name: value for name, value in chosen.items() if name not in criu.RUNTIME_FLAGS})
+    flags = [f"--{name}" for name in chosen if name in criu.RUNTIME_FLAGS]
+    argv = target.runtime_command(
+        "checkpoint", "--leave-running", "--image-path", str(folder), "--work-path", str(work), *flags, target.id
+    )
+    env = {**os.environ, **tool.environment(config_file)}
+    result = subprocess.run(
+        argv, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, pass_fds=guard.pass_fds
+    )
+    if result.returncode != 0:
+        raise SmrError(
+            f"checkpoint of {target.name or target.id} failed: {criu.quote_log(work / 'dump.log')}",
+            hint=hint_for(work / "dump.log"),
+            code=Code.CHECKPOINT_FAILED,
+            container=target.id,
+        )
+
+
+_HINTS = (
+    ("established tcp", "checkpoint with --tcp close, or --tcp established"),
+    ("No space left on device", "free space on the store's file system"),
+    ("io_uring", "io_uring cannot be checkpointed: turn it off in the application (UV_USE_IO_URING=0 for Node.js and uvloop)"),
+    ("Can't lookup mount", "a file was opened outside the container's root: give it to the container as a volume"),
+    ("prlimit", "CRIU lacks the right to read limits of another user's process (CAP_SYS_RESOURCE)"),
+    ("handle_device_vma", "a process maps a device that CRIU cannot save: end it before the checkpoint"),
+)
+
+
+def hint_for(log: Path) -> str:
+    """The remedy for what CRIU's log says, where we know one."""
+    try:
+        text = log.read_text(errors="replace")
+    except OSError:
+        return ""
+    return next((hint for mark, hint in _HINTS if mark in text), "the container goes on running as before")

@@ -1,0 +1,122 @@
+"""containerd: containers by their bundles, images by `ctr`.
+
+A bundle is STATE/io.containerd.runtime.v2.task/NAMESPACE/ID; STATE is the folder of containerd's socket, unless
+SMR_CONTAINERD_STATE names it. `ctr` is given CONTAINERD_ADDRESS (default /run/containerd/containerd.sock); SMR_CTR may name another program.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from smr.proto.errors import Code, SmrError
+from smr.proto.oci import Spec, as_object, load_spec
+from smr.shim.engines import runtime_state
+from smr.shim.engines.target import Engine, Target
+from smr.shim.run import run
+
+_TASKS = "io.containerd.runtime.v2.task"
+_RUNC_ROOT = "/run/containerd/runc"
+_NAMES = ("io.kubernetes.cri.container-name", "nerdctl/name")
+
+
+def address() -> str:
+    """containerd's socket."""
+    return os.environ.get("CONTAINERD_ADDRESS", "/run/containerd/containerd.sock")
+
+
+def ctr(namespace: str, *words: str, socket: str = "") -> list[str]:
+    """A `ctr` command line."""
+    return [os.environ.get("SMR_CTR", "ctr"), "--address", socket or address(), "--namespace", namespace, *words]
+
+
+def available() -> bool:
+    """Whether containerd's client is installed and its socket is there."""
+    return shutil.which(os.environ.get("SMR_CTR", "ctr")) is not None and Path(address()).exists()
+
+
+def state_dir() -> Path:
+    """containerd's state directory."""
+    return Path(os.environ.get("SMR_CONTAINERD_STATE") or Path(address()).parent)
+
+
+def find(name: str, runtime: str) -> Target | None:
+    """A container by id, unambiguous id prefix, or the name CRI or nerdctl gave it; None when containerd runs none such."""
+    matches = _matches(name)
+    if not matches:
+        return None
+    if len(matches) > 1:
+        places = ", ".join(f"{bundle.parent.name}/{bundle.name[:12]}" for bundle in matches)
+        raise SmrError(
+            f"{name} names several containerd containers: {places}", hint="give the whole id", code=Code.CONTAINER_NOT_FOUND
+        )
+    return _target(matches[0], runtime)
+
+
+def _matches(name: str) -> list[Path]:
+    bundles = [bundle for bundle in (state_dir() / _TASKS).glob("*/*") if (bundle / "config.json").exists()]
+    exact = [bundle for bundle in bundles if bundle.name == name]
+    if exact:
+        return exact
+    named = [bundle for bundle in bundles if name in _names(load_spec(bundle))]
+    return named or ([bundle for bundle in bundles if bundle.name.startswith(name)] if len(name) >= 4 else [])
+
+
+def _names(spec: Spec) -> list[str]:
+    return [spec.annotations[key] for key in _NAMES if key in spec.annotations]
+
+
+def _target(bundle: Path, runtime: str) -> Target:
+    namespace, container_id = bundle.parent.name, bundle.name
+    state = runtime_state.query(runtime, f"{_root(bundle)}/{namespace}", container_id)
+    spec = load_spec(bundle)
+    image, digest = source_of_bundle(bundle, container_id) or ("", "")
+    return Target(
+        engine=Engine.CONTAINERD,
+        id=container_id,
+        name=next(iter(_names(spec)), container_id),
+        runtime=state.runtime,
+        runtime_args=state.args,
+        bundle=bundle,
+        rootfs=state.rootfs,
+        pid=state.pid,
+        status=state.status,
+        spec=spec,
+        image=image,
+        image_digest=digest,
+        namespace=namespace,
+    )
+
+
+def _root(bundle: Path) -> str:
+    """The runtime's root, which the shim's options may move."""
+    try:
+        options = json.loads((bundle / "options.json").read_bytes())
+    except (OSError, ValueError):
+        return _RUNC_ROOT
+    return str(options.get("root") or _RUNC_ROOT) if isinstance(options, dict) else _RUNC_ROOT
+
+
+def stop(target: Target) -> None:
+    """End a container at once, through containerd."""
+    run(ctr(target.namespace, "task", "kill", "--signal", "SIGKILL", target.id), timeout_s=60, code=Code.ENGINE_FAILED)
+
+
+def source_of_bundle(bundle: Path, container_id: str) -> tuple[str, str] | None:
+    """Name and manifest digest of a container's image; None when the bundle is not containerd's or the root is no image."""
+    if bundle.parent.parent.name != _TASKS:
+        return None
+    namespace = bundle.parent.name
+    # Within the shim CONTAINERD_ADDRESS is not set, but the state directory shows where the socket is.
+    socket = os.environ.get("CONTAINERD_ADDRESS") or str(bundle.parent.parent.parent / "containerd.sock")
+    info = run(ctr(namespace, "containers", "info", container_id, socket=socket), timeout_s=20, check=False)
+    if info.returncode != 0:
+        return None
+    image = str(as_object(json.loads(info.stdout), "ctr containers info").get("Image") or "")
+    if not image:
+        return None
+    listed = run(ctr(namespace, "images", "ls", f"name=={image}", socket=socket), timeout_s=20, check=False)
+    digests = [word for line in listed.stdout.splitlines()[1:] for word in line.split() if word.startswith("sha256:")]
+    return image, digests[0] if digests else ""

@@ -1,0 +1,54 @@
+"""What the OCI runtime itself knows of a container, the same for every engine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from smr.proto.errors import Code, SmrError
+from smr.shim.run import run
+
+DEFAULT_ROOTS = {"runc": Path("/run/runc"), "crun": Path("/run/crun")}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeState:
+    """`runtime state ID`, with the command that gave it."""
+
+    runtime: str
+    args: tuple[str, ...]
+    pid: int
+    status: str
+    bundle: Path
+    rootfs: Path
+
+
+def query(runtime: str, root: str, container_id: str) -> RuntimeState:
+    """Ask the real runtime. Raises CONTAINER_NOT_FOUND when it does not know the container."""
+    args = ("--root", root) if root else ()
+    result = run([runtime, *args, "state", container_id], timeout_s=20, check=False, code=Code.RUNTIME_FAILED)
+    if result.returncode != 0:
+        raise SmrError(
+            f"{Path(runtime).name} knows no container {container_id}: {result.stderr.strip()}",
+            hint="'smr ps' and the engine's ps list containers",
+            code=Code.CONTAINER_NOT_FOUND,
+            container=container_id,
+        )
+    document = json.loads(result.stdout)
+    bundle = Path(document["bundle"])
+    rootfs = Path(document.get("rootfs") or bundle / "rootfs")
+    return RuntimeState(
+        runtime=runtime, args=args, pid=int(document["pid"]), status=document["status"], bundle=bundle, rootfs=rootfs.resolve()
+    )
+
+
+def by_default_root(container_id: str, configured: str) -> tuple[str, str] | None:
+    """Runtime and root ("" is the default) of a container that was started without --root; None when nobody knows it."""
+    for name, root in DEFAULT_ROOTS.items():
+        if (root / container_id).is_dir():
+            chosen = configured if Path(configured).name == name else shutil.which(name)
+            if chosen:
+                return chosen, ""
+    return None

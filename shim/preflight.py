@@ -1,0 +1,169 @@
+"""Image against container and host, before anything is touched: each check names what was found and what was needed.
+
+`compare` is what a restore runs. Checks that need no container (`host_findings`) are shared with `smr check`.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+from smr.proto.annotations import Annotations, Check
+from smr.proto.checkpoint import CheckpointConfig
+from smr.proto.errors import Code, SmrError
+from smr.proto.oci import Spec, parse_spec
+
+# A library that found one of these at its start goes on using it after a restore (glibc's ifuncs, oneDNN, OpenBLAS).
+_CPU_PREFIXES = ("avx", "amx", "sse", "ssse", "fma", "f16c", "bmi", "popcnt", "movbe", "adx", "sha_ni", "vaes", "gfni", "aes")
+_CPU_PREFIXES_ARM = ("sve", "sme", "asimd", "bf16", "i8mm", "atomics", "crc32", "sha", "aes", "pmull")
+# Files that each engine makes for each container: never the user's, so their absence on one side has a clear cause.
+ENGINE_FILES = frozenset({"/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/run/.containerenv", "/run/secrets"})
+
+
+def compare(config: CheckpointConfig, spec: Spec, annotations: Annotations) -> None:
+    """Raise the first difference that makes a restore of `config` into a container with `spec` wrong."""
+    old = parse_spec(config.spec)
+    check_host(config)
+    check_terminal(old, spec)
+    if annotations.command is Check.CHECK:
+        check_command(old, spec)
+    check_namespaces(old, spec)
+    check_mounts(config, spec, annotations)
+
+
+def check_host(config: CheckpointConfig) -> None:
+    """Architecture and CPU features."""
+    machine = platform.machine()
+    if config.host.architecture != machine:
+        raise SmrError(
+            f"checkpoint was made on {config.host.architecture}, this node is {machine}",
+            hint="checkpoint again on a node of this architecture",
+            code=Code.ARCH_MISMATCH,
+        )
+    missing = sorted(set(_relevant(config.host.cpu_flags)) - set(cpu_flags()))
+    if missing:
+        raise SmrError(
+            f"this CPU lacks {', '.join(missing)}, which the checkpoint's process may use (made on {config.host.cpu_model})",
+            hint="checkpoint on the oldest CPU of the pool",
+            code=Code.CPU_MISMATCH,
+        )
+
+
+def check_command(old: Spec, new: Spec) -> None:
+    """The command must be the checkpoint's: a user who asks for another one would not get it."""
+    if old.args != new.args:
+        raise SmrError(
+            f"command differs from the checkpoint's: found {_shown(new.args)}, needed {_shown(old.args)}",
+            hint="start with the checkpoint's command, or set smr.command=force",
+            code=Code.COMMAND_MISMATCH,
+        )
+
+
+def check_terminal(old: Spec, new: Spec) -> None:
+    """A process that had a terminal needs one, and one that had none cannot be given one."""
+    if old.terminal != new.terminal:
+        had, has = ("a", "none") if old.terminal else ("no", "one")
+        raise SmrError(
+            f"checkpoint was made with {had} terminal, this container has {has}",
+            hint="add -t" if old.terminal else "leave out -t",
+            code=Code.TERMINAL_MISMATCH,
+        )
+
+
+def check_namespaces(old: Spec, new: Spec) -> None:
+    """The kinds of namespaces must be the same: shared with the host, private, or one that the engine made."""
+    for kind in ("network", "pid", "ipc", "uts", "mount", "user", "cgroup"):
+        before, now = _namespace(old, kind), _namespace(new, kind)
+        if before != now:
+            raise SmrError(
+                f"{kind} namespace differs from the checkpoint's: found {now}, needed {before}",
+                hint=_namespace_hint(kind, before),
+                code=Code.NAMESPACE_MISMATCH,
+            )
+
+
+def check_mounts(config: CheckpointConfig, spec: Spec, annotations: Annotations) -> None:
+    """Every mount CRIU expects from outside must be there, and none that the checkpoint did not have."""
+    given = {mount.destination for mount in spec.mounts if mount.is_bind} | set(annotations.mounts)
+    for destination in config.external_mounts:
+        if destination not in given:
+            raise SmrError(
+                f"mount {destination} of the checkpoint is missing in this container",
+                hint=f"add -v SOURCE:{destination}, or smr.mount.{destination}=SOURCE",
+                code=Code.MOUNT_MISMATCH,
+                mount=destination,
+            )
+    extra = sorted(given - set(config.external_mounts))
+    if extra:
+        raise SmrError(
+            f"mount {extra[0]} is not in the checkpoint, and a restored process cannot be given a new one",
+            hint=f"leave it out, or checkpoint a container that has {extra[0]}",
+            code=Code.MOUNT_MISMATCH,
+            mount=extra[0],
+        )
+    for destination, source in annotations.mounts.items():
+        if not Path(source).exists():
+            raise SmrError(
+                f"smr.mount.{destination}: {source} does not exist on this node", code=Code.MOUNT_MISMATCH, mount=destination
+            )
+
+
+def check_source(config: CheckpointConfig, image: str, digest: str) -> None:
+    """The container's own image must be the checkpoint's, where both are known: files of another would be wrong under it."""
+    known = config.source.image_digest
+    if known and digest and known != digest:
+        raise SmrError(
+            f"container image {image} is {_short(digest)}, the checkpoint was made from {config.source.image} {_short(known)}",
+            hint="checkpoint again from the new image, or set smr.rootfs=force",
+            code=Code.SOURCE_MISMATCH,
+        )
+
+
+def cpu_flags() -> tuple[str, ...]:
+    """CPU features of this machine as /proc/cpuinfo names them, sorted."""
+    return tuple(sorted(set(_cpuinfo("flags", "Features").split())))
+
+
+def cpu_model() -> str:
+    """CPU model of this machine as /proc/cpuinfo names it."""
+    return _cpuinfo("model name", "CPU part")
+
+
+def _cpuinfo(*names: str) -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in names:
+            return value.strip()
+    return ""
+
+
+def _relevant(flags: tuple[str, ...]) -> Iterator[str]:
+    prefixes = _CPU_PREFIXES if platform.machine() == "x86_64" else _CPU_PREFIXES_ARM
+    return (flag for flag in flags if flag.startswith(prefixes))
+
+
+def _namespace(spec: Spec, kind: str) -> str:
+    if kind not in spec.namespaces:
+        return "host"
+    return "engine's" if spec.namespaces[kind] else "private"
+
+
+def _namespace_hint(kind: str, needed: str) -> str:
+    if kind == "network":
+        return {
+            "host": "use --network host (podman) or --net-host (ctr)",
+            "private": "leave the network to the runtime, as ctr run does without --net-host",
+            "engine's": "use an engine's network: podman's bridge, or CNI",
+        }[needed]
+    return f"run with the {needed} {kind} namespace"
+
+
+def _shown(args: tuple[str, ...]) -> str:
+    text = " ".join(args)
+    return f"'{text}'" if len(text) <= 200 else f"'{text[:200]}...'"
+
+
+def _short(digest: str) -> str:
+    algorithm, _, value = digest.rpartition(":")
+    return f"{algorithm or 'sha256'}:{value[:12]}"

@@ -1,0 +1,293 @@
+"""`create` as a restore: from the annotation to a tree of stopped processes that the engine takes for a created container.
+
+    locate      image by name in the store, leased against removal, its configuration verified
+    preflight   image against container and host (smr.shim.preflight)
+    prefetch    the pages are read ahead by a process of its own while the rest goes on
+    rootfs      the checkpoint's writable layer onto the mounted root, with a journal; then /dev/shm
+    rewrite     CRIU's small images into a private directory, pages as links, addresses of sockets
+    create      `runc restore`, leave-stopped
+    adopt       hostname and `lo` of the new container
+
+Until `create` returns nothing of the container has run, so every failure can be undone (smr.shim.undo), by this process, or
+by its guard when it is killed. The source image's identity is looked up beside all this and judged before the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from smr.images.image import Image
+from smr.images.store import Store
+from smr.proto.annotations import Annotations, Check, Tcp
+from smr.proto.checkpoint import MOUNT_ANNOTATION, LayerType
+from smr.proto.errors import Code, SmrError
+from smr.proto.oci import Mount, Spec, parse_spec
+from smr.shim import criu, engines, mountinfo, namespaces, preflight
+from smr.shim.config import Config
+from smr.shim.criu import Criu
+from smr.shim.files import write_atomic
+from smr.shim.oci_args import RuntimeCall
+from smr.shim.state import ContainerState, Status
+
+_RESTORE_FLAGS = ("console-socket", "no-pivot", "pid-file")
+_BASE_TIMEOUT_S = 60.0
+# Slower than any disk worth restoring from; beyond that CRIU hangs.
+_BYTES_PER_S = 50e6
+
+
+def restore(call: RuntimeCall, spec: Spec, annotations: Annotations, config: Config, state: ContainerState) -> None:
+    """Restore into the bundle of `call`, leaving the tree stopped. Raises SmrError with nothing undone: the caller undoes."""
+    with ThreadPoolExecutor(max_workers=1) as pool, contextlib.ExitStack() as stack:
+        source = pool.submit(engines.source_of_bundle, call.bundle, call.id)
+        with state.stage("locate"):
+            store = Store(config.store)
+            image = store.resolve(annotations.restore)
+            stack.enter_context(store.lease(image))
+            state.record.digest = image.digest
+            state.record.stopped_pids = tuple(task.pid for task in image.config.tasks if task.stopped)
+        with state.stage("preflight"):
+            tool = criu.find(config)
+            preflight.compare(image.config, spec, annotations)
+        prefetch = start_prefetch(config, image)
+        with state.stage("rootfs"):
+            apply_rootfs(state, image)
+            fill_tmpfs(image, spec, annotations)
+        with state.stage("rewrite"):
+            rewrite(state, image, spec, annotations)
+        with state.stage("create"):
+            run_restore(call, image, annotations, tool, state)
+        with state.stage("adopt"):
+            state.record.pid = _pid(call, state)
+            namespaces.adopt(state.record.pid, spec)
+        with state.stage("source"):
+            if annotations.rootfs is Check.CHECK:
+                _check_source(image, source)
+        stop_prefetch(prefetch)
+        state.record.status = Status.CREATED
+        state.created_marker.touch()
+        state.save()
+
+
+def start_prefetch(config: Config, image: Image) -> subprocess.Popen[bytes] | None:
+    """Read the image's pages ahead in a process of its own: charged to us, gone when it is done."""
+    if not any(layer.kind is LayerType.PAGES for layer in image.layers):
+        return None
+    argv = [sys.executable, "-I", "-m", "smr.images.prefetch", str(config.store), image.digest]
+    null = subprocess.DEVNULL
+    try:
+        return subprocess.Popen(argv, stdin=null, stdout=null, stderr=null, start_new_session=True)
+    except OSError:
+        return None  # a restore without read-ahead is slower, not wrong
+
+
+def stop_prefetch(process: subprocess.Popen[bytes] | None) -> None:
+    """After CRIU has read the pages there is nothing left to read ahead."""
+    if process is not None:
+        process.kill()
+        process.wait()
+
+
+def apply_rootfs(state: ContainerState, image: Image) -> None:
+    """Apply the checkpoint's writable layer; the journal's place is recorded before the first change."""
+    from smr.images.layer import apply_layer
+
+    layers = image.layers_of(LayerType.ROOTFS)
+    if not layers:
+        return
+    state.undo_dir.mkdir(mode=0o700)
+    state.record.undo_rootfs = True
+    state.save()
+    for layer in layers:
+        apply_layer(layer.path, Path(state.record.rootfs), state.undo_dir)
+
+
+def fill_tmpfs(image: Image, spec: Spec, annotations: Annotations) -> None:
+    """Put the contents of external tmpfs mounts (/dev/shm) back into the new container's, which the engine made empty."""
+    from smr.images.layer import unpack_tree
+
+    sources = {mount.destination: mount.source for mount in spec.mounts if mount.is_bind} | dict(annotations.mounts)
+    for layer in image.layers_of(LayerType.TMPFS):
+        destination = layer.annotations[MOUNT_ANNOTATION]
+        if any(Path(sources[destination]).iterdir()):
+            raise SmrError(
+                f"{destination} is not empty in this container, the checkpoint's contents would be mixed with it",
+                hint=f"give the container its own {destination}",
+                code=Code.MOUNT_MISMATCH,
+            )
+        unpack_tree(layer.path, Path(sources[destination]))
+
+
+def rewrite(state: ContainerState, image: Image, spec: Spec, annotations: Annotations) -> None:
+    """CRIU's directory of this restore, edited for the new container; also the spec, where the annotations add mounts."""
+    state.criu_dir.mkdir(mode=0o700)
+    image.materialize(state.criu_dir)
+    if annotations.mounts:
+        _add_mounts(state, spec, annotations)
+    if image.config.bound_addresses:
+        _move_addresses(state, image, spec)
+
+
+def _add_mounts(state: ContainerState, spec: Spec, annotations: Annotations) -> None:
+    """The runtime matches external mounts by destination in its spec, so smr.mount.* become entries there."""
+    import json
+
+    path = Path(state.record.bundle) / "config.json"
+    shutil.copyfile(path, state.spec_backup)
+    state.record.undo_spec = True
+    state.save()
+    kept = [entry for entry in _raw_mounts(spec) if entry.get("destination") not in annotations.mounts]
+    added = [
+        {"destination": destination, "type": "bind", "source": source, "options": ["rbind"]}
+        for destination, source in annotations.mounts.items()
+    ]
+    write_atomic(path, json.dumps({**spec.document, "mounts": kept + added}).encode(), mode=path.stat().st_mode & 0o777)
+
+
+def _raw_mounts(spec: Spec) -> list[dict[str, object]]:
+    mounts = spec.document.get("mounts")
+    return [entry for entry in mounts if isinstance(entry, dict)] if isinstance(mounts, list) else []
+
+
+def _move_addresses(state: ContainerState, image: Image, spec: Spec) -> None:
+    """Sockets bound to an old address get the new one: possible when each family has exactly one address on both sides."""
+    from ipaddress import ip_address
+
+    from smr.images.criu_files import replace_addresses
+    from smr.shim.network import addresses_of_namespace
+
+    path = spec.namespaces.get("network", "")
+    new = addresses_of_namespace(Path(path)) if path else image.config.addresses
+    mapping: dict[str, str] = {}
+    for version in (4, 6):
+        before = [a for a in image.config.addresses if _usable(a, version)]
+        now = [a for a in new if _usable(a, version)]
+        if len(before) == 1 and len(now) == 1:
+            mapping[before[0]] = now[0]
+    mapping = {old: now for old, now in mapping.items() if old != now and ip_address(old)}
+    missing = sorted(set(image.config.bound_addresses) - set(mapping) - set(new))
+    if missing:
+        raise SmrError(
+            f"a socket of the checkpoint is bound to {missing[0]}, which this container does not have (it has {', '.join(new)})",
+            hint="bind to 0.0.0.0 or ::, or give the container one address per family",
+            code=Code.NETWORK_FAILED,
+        )
+    if mapping:
+        replace_addresses(state.criu_dir, mapping)
+
+
+def _usable(address: str, version: int) -> bool:
+    from ipaddress import ip_address
+
+    parsed = ip_address(address)
+    return parsed.version == version and not parsed.is_link_local
+
+
+def criu_options(image: Image, annotations: Annotations) -> dict[str, str]:
+    """CRIU's options of this restore: those the dump needed, the mode of TCP, the user's; then what we always set."""
+    options = dict.fromkeys(image.config.criu_options, "")
+    if annotations.tcp is Tcp.ESTABLISHED:
+        if image.config.tcp != Tcp.ESTABLISHED:
+            raise SmrError(
+                "smr.tcp=established, but the checkpoint was made without established connections",
+                hint="checkpoint with --tcp-established",
+                code=Code.UNSUPPORTED,
+            )
+        options["tcp-established"] = ""
+    else:
+        options.pop("tcp-established", None)
+        options["tcp-close"] = ""
+    options |= annotations.criu
+    options["leave-stopped"] = ""
+    return options
+
+
+def run_restore(call: RuntimeCall, image: Image, annotations: Annotations, tool: Criu, state: ContainerState) -> None:
+    """Run the real runtime's restore with the caller's stdio, which becomes the container's."""
+    options = criu_options(image, annotations)
+    state.record.criu_options = tuple(sorted(options))
+    state.work_dir.mkdir(mode=0o700)
+    config_file = state.work_dir / "criu.conf"
+    flags = [f"--{name}" for name in options if name in criu.RUNTIME_FLAGS]
+    criu.write_options(config_file, {name: value for name, value in options.items() if name not in criu.RUNTIME_FLAGS})
+    state.save()
+    argv = _restore_argv(call, state, flags)
+    timeout_s = _BASE_TIMEOUT_S + image.size_bytes / _BYTES_PER_S
+    # stdio is the container's, so it is inherited; everything else of our environment that the engine set is kept for hooks.
+    process = subprocess.Popen(argv, env={**os.environ, **tool.environment(config_file)})
+    try:
+        status = process.wait(timeout=timeout_s)
+    except subprocess.TimeoutExpired as error:
+        process.kill()
+        process.wait()
+        raise SmrError(
+            f"restore of {image.name} did not end within {timeout_s:.0f} s", code=Code.TIMEOUT, log=state.work_dir
+        ) from error
+    if status != 0:
+        log = keep_log(state)
+        raise SmrError(
+            f"{Path(state.record.runtime).name} restore of {image.name} failed with exit status {status}: {criu.quote_log(log)}",
+            hint=f"the whole log is {log}",
+            code=Code.CRIU_FAILED,
+            log=log,
+        )
+
+
+def keep_log(state: ContainerState) -> Path:
+    """CRIU's log of a failed restore outlives the record: it moves beside SMR's own log, one per container id."""
+    from smr.shim.config import load
+
+    target = load().log.parent / f"restore-{state.record.id}.log"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(state.work_dir / "restore.log", target)
+    except OSError:
+        return state.work_dir / "restore.log"
+    return target
+
+
+def _restore_argv(call: RuntimeCall, state: ContainerState, flags: list[str]) -> list[str]:
+    carried: list[str] = []
+    for name in _RESTORE_FLAGS:
+        value = call.option(name)
+        if value is not None:
+            carried += [f"--{name}", value] if value else [f"--{name}"]
+    if call.option("pid-file") is None:
+        carried += ["--pid-file", str(state.path / "pid")]
+    paths = ["--bundle", str(call.bundle), "--image-path", str(state.criu_dir), "--work-path", str(state.work_dir)]
+    cgroups_mode = ["--manage-cgroups-mode", "ignore"]
+    return [state.record.runtime, *call.global_args, "restore", "--detach", *paths, *carried, *cgroups_mode, *flags, call.id]
+
+
+def _pid(call: RuntimeCall, state: ContainerState) -> int:
+    path = Path(call.option("pid-file") or state.path / "pid")
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SmrError(f"the runtime left no pid in {path}", code=Code.RUNTIME_FAILED) from error
+
+
+def _check_source(image: Image, source: Future[tuple[str, str]]) -> None:
+    name, digest = source.result(timeout=30)
+    preflight.check_source(image.config, name, digest)
+
+
+def mounts_below(rootfs: str) -> tuple[str, ...]:
+    """Mount points in the root before a restore; whatever comes later is ours to unmount."""
+    return tuple(point for point in mountinfo.points() if point.startswith(f"{rootfs}/"))
+
+
+def external_mounts(spec: Spec) -> Iterator[Mount]:
+    """Bind mounts of a spec: what runc and crun hand to CRIU as external."""
+    return (mount for mount in spec.mounts if mount.is_bind)
+
+
+def external_destinations(document: object) -> tuple[str, ...]:
+    """Destinations of the bind mounts of a spec document."""
+    return tuple(mount.destination for mount in external_mounts(parse_spec(document if isinstance(document, dict) else {})))

@@ -1,0 +1,321 @@
+"""smr-runtime, the part behind the sh fast path: calls that concern a restored container, or one that asks to be.
+
+Every other call, and every call this module does not change, ends in an exec of the real runtime with its arguments
+untouched. Errors reach the engine as runc's do: in --log, in --log-format, on stderr, with exit status 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from smr.proto.annotations import STATUS, STATUS_CODE, STATUS_REASON, Annotations, Fallback, parse, wanted
+from smr.proto.errors import Code, SmrError
+from smr.proto.oci import Spec, load_spec
+from smr.shim import config as settings
+from smr.shim import log
+from smr.shim.config import Config
+from smr.shim.files import write_atomic
+from smr.shim.guard import Guard
+from smr.shim.oci_args import RuntimeCall, parse_call
+from smr.shim.restore import mounts_below, restore
+from smr.shim.resume import report, resume
+from smr.shim.state import ContainerState, Record, Status, begin, find
+from smr.shim.undo import undo
+
+_ID = re.compile(r"[\w+.-]+")
+_FATAL = {"TERM", "INT", "QUIT", "HUP", "SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "15", "2", "3", "1"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status of the runtime call, if it returns."""
+    call = parse_call(sys.argv[1:] if argv is None else argv)
+    try:
+        return dispatch(call, settings.load())
+    except SmrError as error:
+        log.runtime_failure(call.log, call.log_format, error)
+        return 1
+    except Exception as error:  # noqa: BLE001  # the outermost edge: an engine must see a sentence, not a traceback
+        log.runtime_failure(call.log, call.log_format, SmrError(f"internal error in {call.verb}: {error!r}"))
+        return 1
+
+
+def dispatch(call: RuntimeCall, config: Config) -> int:
+    """Act on one call."""
+    verbs: dict[str, Callable[[RuntimeCall, Config], int]] = {
+        "create": create,
+        "run": run_container,
+        "start": start,
+        "state": show_state,
+        "kill": kill,
+        "delete": delete,
+        "checkpoint": engine_checkpoint,
+        "restore": engine_restore,
+    }
+    act = verbs.get(call.verb)
+    if act is None or (call.verb not in {"checkpoint", "restore"} and not _ID.fullmatch(call.id)):
+        exec_real(call, config)
+    return act(call, config)
+
+
+def real_runtime(config: Config) -> str:
+    """The real runtime: what the sh part found, else the configured one, else runc or crun on PATH."""
+    for name in (os.environ.get("SMR_RUNTIME", ""), config.runtime, "runc", "crun"):
+        found = shutil.which(name) if name else None
+        if found:
+            return found
+    raise SmrError(
+        "no OCI runtime found: neither runc nor crun is on PATH",
+        hint="install runc, or name one in /etc/smr/runtime",
+        code=Code.RUNTIME_MISSING,
+    )
+
+
+def exec_real(call: RuntimeCall, config: Config, env: dict[str, str] | None = None) -> NoReturn:
+    """Become the real runtime."""
+    path = real_runtime(config)
+    try:
+        os.execve(path, [path, *call.argv], {**os.environ, **(env or {})})
+    except OSError as error:
+        raise SmrError(f"cannot run {path}: {error.strerror}", code=Code.RUNTIME_MISSING) from error
+
+
+def create(call: RuntimeCall, config: Config) -> int:
+    """Restore into a bundle, or start it cold when that is what its annotation wants for a failure."""
+    spec = load_spec(call.bundle)
+    if not wanted(spec.annotations):
+        exec_real(call, config)
+    annotations = parse(spec.annotations)
+    if annotations is None:
+        exec_real(call, config)
+    error = try_restore(call, spec, annotations, config)
+    if error is None:
+        return 0
+    if annotations.fallback is Fallback.FAIL:
+        report_failure(call, config, annotations, error)
+        raise error
+    state = start_cold(call, config, annotations, error)
+    status = subprocess.run([real_runtime(config), *call.argv], check=False).returncode
+    if status != 0:
+        state.remove()
+    return status
+
+
+def try_restore(call: RuntimeCall, spec: Spec, annotations: Annotations, config: Config) -> SmrError | None:
+    """Restore; on failure everything is undone and the error returned."""
+    rootfs = str(spec.rootfs_path(call.bundle).resolve())
+    record = Record(
+        id=call.id,
+        root=call.root,
+        bundle=str(call.bundle),
+        image=annotations.restore,
+        runtime=real_runtime(config),
+        rootfs=rootfs,
+        cgroups_path=spec.cgroups_path,
+        annotations=dict(spec.annotations),
+        mounts_before=mounts_below(rootfs),
+    )
+    state = begin(config.run, record)
+    with state.locked(), Guard(lambda: _guard_undo(state.path, config)):
+        try:
+            restore(call, spec, annotations, config, state)
+        except SmrError as error:
+            return _failed(state, error)
+        except Exception as error:  # noqa: BLE001  # whatever it was, nothing may be left behind
+            return _failed(state, SmrError(f"internal error while restoring {annotations.restore}: {error!r}"))
+    return None
+
+
+def _failed(state: ContainerState, error: SmrError) -> SmrError:
+    for problem in undo(state):
+        print(f"smr: warning: {problem}", file=sys.stderr)  # noqa: T201
+    state.remove()
+    return error
+
+
+def _guard_undo(path: Path, config: Config) -> None:
+    """In the guard, after the process in charge was killed. It re-reads the record: its own copy is from the beginning."""
+    from smr.shim.state import load_path
+
+    state = load_path(path)
+    if state is None:
+        return
+    with state.locked():
+        problems = undo(state)
+        state.remove()
+    reason = f"process {state.record.owner_pid} was killed"
+    log.canonical_line(config.log, "restore_killed", container=state.record.id, reason=reason, problems=problems)
+
+
+def start_cold(call: RuntimeCall, config: Config, annotations: Annotations, error: SmrError) -> ContainerState:
+    """Record why a container starts cold where its user looks: its log, its annotations, `smr ps`, our log."""
+    message = f"smr: started cold, {annotations.restore} was not restored: {error}"
+    log.runtime_message(call.log, call.log_format, "warning", message)
+    if call.log is not None:
+        print(message, file=sys.stderr, flush=True)  # noqa: T201
+    spec = load_spec(call.bundle)
+    status = {STATUS: Status.COLD.value, STATUS_CODE: error.code.value, STATUS_REASON: str(error)}
+    path = call.bundle / "config.json"
+    document = {**spec.document, "annotations": {**spec.annotations, **status}}
+    write_atomic(path, json.dumps(document).encode(), mode=path.stat().st_mode & 0o777, durable=False)
+    state = begin(config.run, _cold_record(call, annotations, error))
+    state.save()
+    log.canonical_line(config.log, "started_cold", container=call.id, image=annotations.restore, **_reason(error))
+    return state
+
+
+def report_failure(call: RuntimeCall, config: Config, annotations: Annotations, error: SmrError) -> None:
+    """Our log's line of a restore that failed and was not to fall back."""
+    log.canonical_line(config.log, "restore_failed", container=call.id, image=annotations.restore, **_reason(error))
+
+
+def _cold_record(call: RuntimeCall, annotations: Annotations, error: SmrError) -> Record:
+    return Record(
+        id=call.id,
+        root=call.root,
+        bundle=str(call.bundle),
+        image=annotations.restore,
+        status=Status.COLD,
+        reason=str(error),
+        reason_code=error.code.value,
+    )
+
+
+def _reason(error: SmrError) -> dict[str, str]:
+    return {"code": error.code.value, "reason": str(error)}
+
+
+def start(call: RuntimeCall, config: Config) -> int:
+    """Let a restored tree run."""
+    state = find(config.run, call.root, call.id)
+    if state is None or state.record.status is not Status.CREATED:
+        exec_real(call, config)
+    with state.locked():
+        resume(state)
+    report(state, config)
+    return 0
+
+
+def show_state(call: RuntimeCall, config: Config) -> int:
+    """The real runtime calls a restored tree running; until start it is created."""
+    result = subprocess.run([real_runtime(config), *call.argv], stdout=subprocess.PIPE, check=False)
+    output = result.stdout
+    with contextlib.suppress(ValueError):
+        document = json.loads(output)
+        if document.get("status") == "running":
+            output = json.dumps({**document, "status": "created"}, indent=2).encode()
+    sys.stdout.buffer.write(output)
+    sys.stdout.flush()
+    return result.returncode
+
+
+def kill(call: RuntimeCall, config: Config) -> int:
+    """A created container has run nothing that could handle a signal: one that asks it to end, ends it."""
+    asked = call.rest[0] if call.rest else "TERM"
+    if asked.upper() not in _FATAL:
+        exec_real(call, config)
+    options = [f"--{name}" for name, _ in call.options]
+    words = [*call.global_args, "kill", *options, call.id, "KILL"]
+    return subprocess.run([real_runtime(config), *words], check=False).returncode
+
+
+def delete(call: RuntimeCall, config: Config) -> int:
+    """Delete, and drop what SMR keeps; a create that was killed is undone first."""
+    state = find(config.run, call.root, call.id)
+    if state is None:
+        exec_real(call, config)
+    with state.locked():
+        broken = state.record.status is Status.RESTORING
+        if broken:
+            for problem in undo(state):
+                print(f"smr: warning: {problem}", file=sys.stderr)  # noqa: T201
+        status = subprocess.run([real_runtime(config), *call.argv], check=False).returncode
+        if status == 0 or broken:
+            state.remove()
+    return status
+
+
+def run_container(call: RuntimeCall, config: Config) -> int:
+    """`run` of a restored container: create, start, and, unless detached, wait for its end and delete it."""
+    spec = load_spec(call.bundle)
+    detached = call.option("detach", "d") is not None
+    if wanted(spec.annotations) and spec.terminal and not call.option("console-socket"):
+        raise SmrError(
+            "run with a terminal needs --console-socket for a restored container",
+            hint="use create with --console-socket, then start",
+            code=Code.UNSUPPORTED,
+        )
+    if not wanted(spec.annotations):
+        exec_real(call, config)
+    if not detached:
+        _become_subreaper()
+    annotations = parse(spec.annotations)
+    error = try_restore(call, spec, annotations, config) if annotations else None
+    if annotations and error is not None:
+        if annotations.fallback is Fallback.FAIL:
+            report_failure(call, config, annotations, error)
+            raise error
+        start_cold(call, config, annotations, error)
+        exec_real(call, config)
+    state = find(config.run, call.root, call.id)
+    assert state is not None
+    pid = state.record.pid
+    start(call, config)
+    return 0 if detached else _wait(call, config, pid)
+
+
+def _wait(call: RuntimeCall, config: Config, pid: int) -> int:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, lambda received, _: os.kill(pid, received))
+    _, status = os.waitpid(pid, 0)
+    real = [real_runtime(config), *call.global_args, "delete", "--force", call.id]
+    subprocess.run(real, check=False)
+    if (state := find(config.run, call.root, call.id)) is not None:
+        state.remove()
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code
+
+
+def _become_subreaper() -> None:
+    import ctypes
+
+    pr_set_child_subreaper = 36
+    ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
+
+
+def engine_checkpoint(call: RuntimeCall, config: Config) -> int:
+    """The engine's own checkpoint verb: the real runtime with SMR's CRIU and the options a dump needs."""
+    if call.option("help", "h") is not None:
+        exec_real(call, config)
+    from smr.shim import criu
+    from smr.shim.dump import engine_options
+
+    tool = criu.find(config)
+    config.run.mkdir(mode=0o700, parents=True, exist_ok=True)
+    file = config.run / "engine-checkpoint.conf"
+    options = "".join(f"{name} {value}".rstrip() + "\n" for name, value in engine_options(call).items())
+    write_atomic(file, options.encode(), durable=False)
+    exec_real(call, config, tool.environment(file))
+
+
+def engine_restore(call: RuntimeCall, config: Config) -> int:
+    """The engine's own restore verb: the real runtime with SMR's CRIU."""
+    if call.option("help", "h") is not None:
+        exec_real(call, config)
+    from smr.shim import criu
+
+    tool = criu.find(config)
+    exec_real(call, config, {"PATH": tool.environment(Path("/"))["PATH"]})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
