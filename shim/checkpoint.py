@@ -21,7 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from smr.images.image import Image
-from smr.images.store import Ingest, Store
+from smr.images.ingest import Ingest
+from smr.images.store import Store
 from smr.proto.annotations import Tcp, check_reference
 from smr.proto.checkpoint import MOUNT_ANNOTATION, CheckpointConfig, Host, LayerType, Source
 from smr.proto.errors import Code, SmrError
@@ -138,12 +139,12 @@ def _external_shm(target: Target) -> Path | None:
 
 def _add_layers(target: Target, ingest: Ingest) -> None:
     """Hand the captured files to the store."""
-    from smr.images.criutar import pack_criu
+    from smr.images.criutar import is_criu_image, pack
 
     folder = ingest.path / "criu"
     for pages in sorted(folder.glob("pages-*.img")):
         ingest.add(pages, LayerType.PAGES, title=pages.name)
-    pack_criu(folder, ingest.path / "criu.tar")
+    pack((file for file in sorted(folder.iterdir()) if is_criu_image(file.name)), ingest.path / "criu.tar")
     ingest.add(ingest.path / "criu.tar", LayerType.CRIU)
     if (ingest.path / "rootfs.tar").exists():
         ingest.add(ingest.path / "rootfs.tar", LayerType.ROOTFS)

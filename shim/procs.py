@@ -62,14 +62,10 @@ def all_pids() -> list[int]:
     return [int(entry.name) for entry in PROC.iterdir() if entry.name.isdigit()]
 
 
-def holding(folder: Path) -> list[int]:
-    """Processes with an open file, or the current directory, in `folder`; not this one."""
-    prefix = f"{folder}"
-    return [pid for pid in all_pids() if pid != os.getpid() and any(_inside(link, prefix) for link in _links(pid))]
-
-
-def _inside(link: str, prefix: str) -> bool:
-    return link == prefix or link.startswith(prefix + "/")
+def holding(*folders: Path) -> list[int]:
+    """Processes with an open file, or the current directory, in one of `folders`; not this one."""
+    prefixes = tuple(f"{folder}/" for folder in folders)
+    return [pid for pid in all_pids() if pid != os.getpid() and any(f"{link}/".startswith(prefixes) for link in _links(pid))]
 
 
 def _links(pid: int) -> Iterable[str]:

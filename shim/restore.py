@@ -47,9 +47,7 @@ def restore(call: RuntimeCall, spec: Spec, annotations: Annotations, config: Con
     with ThreadPoolExecutor(max_workers=1) as pool, contextlib.ExitStack() as stack:
         source = pool.submit(engines.source_of_bundle, call.bundle, call.id)
         with state.stage("locate"):
-            store = Store(config.store)
-            image = store.resolve(annotations.restore)
-            stack.enter_context(store.lease(image))
+            image = stack.enter_context(Store(config.store).leased(annotations.restore))
             state.record.digest = image.digest
             state.record.stopped_pids = tuple(task.pid for task in image.config.tasks if task.stopped)
         with state.stage("preflight"):
@@ -126,7 +124,7 @@ def fill_tmpfs(image: Image, spec: Spec, annotations: Annotations) -> None:
 
 def rewrite(state: ContainerState, image: Image, spec: Spec, annotations: Annotations) -> None:
     """CRIU's directory of this restore, edited for the new container; also the spec, where the annotations add mounts."""
-    state.criu_dir.mkdir(mode=0o700)
+    state.criu_dir.mkdir(mode=0o700, parents=True)
     image.materialize(state.criu_dir)
     if annotations.mounts:
         _add_mounts(state, spec, annotations)

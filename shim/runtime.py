@@ -119,6 +119,7 @@ def try_restore(call: RuntimeCall, spec: Spec, annotations: Annotations, config:
         bundle=str(call.bundle),
         image=annotations.restore,
         runtime=real_runtime(config),
+        store=str(config.store),
         rootfs=rootfs,
         cgroups_path=spec.cgroups_path,
         annotations=dict(spec.annotations),

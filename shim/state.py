@@ -3,10 +3,11 @@
     RUN/containers/ROOT/ID/     RUN is SMR_RUN (/run/smr, a tmpfs); ROOT is the runtime's --root, "default" when not given
         state.json              the record below, replaced atomically
         created                 present between create and start: the tree is restored and stopped
-        criu/                   CRIU's image directory of this restore, gone after start
         work/                   CRIU's log and configuration
         undo/                   what the root filesystem was before the checkpoint's layer was applied
         lock                    flock: held by whoever works on this container
+
+    STORE/restores/NAME/        CRIU's image directory of this restore, with hard links to blobs; gone after start
 
 Every step is recorded before it is taken, so that `undo` in `smr.shim.restore` can take back whatever a killed process had
 done. The directory belongs to the runtime process that made it, then to `start` and `delete`. Standard library only.
@@ -61,6 +62,7 @@ class Record:
     digest: str = ""
     rootfs: str = ""
     runtime: str = ""
+    store: str = ""
     cgroups_path: str = ""
     owner_pid: int = 0
     pid: int = 0
@@ -92,8 +94,8 @@ class ContainerState:
 
     @property
     def criu_dir(self) -> Path:
-        """CRIU's image directory of this restore."""
-        return self.path / "criu"
+        """CRIU's image directory of this restore, on the store's file system; STORE stands in the record."""
+        return Path(self.record.store) / "restores" / str(self.path).strip("/").replace("/", "-")
 
     @property
     def work_dir(self) -> Path:

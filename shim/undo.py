@@ -50,7 +50,7 @@ def runtime_dir(state: ContainerState) -> Path:
 def _kill(state: ContainerState) -> None:
     """CRIU and the runtime hold files of our directory; the restored tree is in the container's cgroup."""
     path, since = cgroups.path_of(state.record.cgroups_path, state.record.id), state.record.started_boottime
-    left = procs.kill_all(lambda: [pid for pid in procs.holding(state.path) if not _is_ours(pid)])
+    left = procs.kill_all(lambda: [pid for pid in procs.holding(state.path, state.criu_dir) if not _is_ours(pid)])
     left += procs.kill_all(lambda: [pid for pid in cgroups.members(path) if procs.started(pid) >= since])
     if left:
         raise SmrError(f"processes {left} do not end after SIGKILL")
@@ -106,7 +106,8 @@ def _undo_spec(state: ContainerState) -> None:
 
 
 def _drop_images(state: ContainerState) -> None:
-    shutil.rmtree(state.criu_dir, ignore_errors=True)
+    if state.record.store:
+        shutil.rmtree(state.criu_dir, ignore_errors=True)
     with contextlib.suppress(OSError):
         state.created_marker.unlink()
 

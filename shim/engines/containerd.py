@@ -1,7 +1,8 @@
 """containerd: containers by their bundles, images by `ctr`.
 
 A bundle is STATE/io.containerd.runtime.v2.task/NAMESPACE/ID; STATE is the folder of containerd's socket, unless
-SMR_CONTAINERD_STATE names it. `ctr` is given CONTAINERD_ADDRESS (default /run/containerd/containerd.sock); SMR_CTR may name another program.
+SMR_CONTAINERD_STATE names it. `ctr` is given CONTAINERD_ADDRESS
+(default /run/containerd/containerd.sock); SMR_CTR may name another program.
 """
 
 from __future__ import annotations
