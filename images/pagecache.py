@@ -1,0 +1,112 @@
+"""How much of a file is in the page cache, and how much memory there is for more.
+
+`cachestat` (kernel 6.5) answers for any range in one call; before it, `mincore` on a mapping does, page by page.
+A kernel may keep both from who neither owns the file nor may write it (6.14 and 5.2): then the answer is that nothing is cached.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+# One number on all architectures: system calls from 424 on are numbered alike.
+_CACHESTAT = 451
+_MINCORE_PIECE_BYTES = 1 << 30
+_NO_LIMIT_BYTES = 1 << 60
+
+
+class _Range(ctypes.Structure):
+    _fields_ = (("offset", ctypes.c_uint64), ("length", ctypes.c_uint64))
+
+
+class _Stat(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_uint64) for name in ("cached", "dirty", "writeback", "evicted", "recently_evicted"))
+
+
+def cached_bytes(fd: int, offset: int, length: int) -> int:
+    """How many bytes of this range of an open file are in memory, in whole pages, at most `length`."""
+    if length <= 0:
+        return 0
+    pages = _cachestat(fd, offset, length)
+    if pages is None:
+        return _mincore(fd, offset, length)
+    return min(length, pages * mmap.PAGESIZE)
+
+
+def cached_bytes_of(path: Path) -> int:
+    """How many bytes of a file are in memory."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return cached_bytes(fd, 0, os.fstat(fd).st_size)
+    finally:
+        os.close(fd)
+
+
+def available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory that can be had without swapping: the machine's, or the limit of our own cgroup if that is less."""
+    lines = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
+    return min(int(lines["MemAvailable"].split()[0]) << 10, _cgroup_limit_bytes(proc, cgroups))
+
+
+def _cgroup_limit_bytes(proc: Path, cgroups: Path) -> int:
+    limits = [_NO_LIMIT_BYTES]
+    with suppress(OSError):
+        for line in (proc / "self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if "memory" in controllers.split(","):
+                file = cgroups / f"memory{path}" / "memory.limit_in_bytes"
+            elif not controllers:
+                file = cgroups / f".{path}" / "memory.max"
+            else:
+                continue
+            with suppress(OSError, ValueError):  # "max", or a cgroup that our namespace does not show
+                limits.append(int(file.read_text()))
+    return min(limits)
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.syscall.restype = ctypes.c_long
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+    libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
+    return libc
+
+
+def _cachestat(fd: int, offset: int, length: int) -> int | None:
+    """Cached pages of the range; None where the kernel has no such call."""
+    span, found = _Range(offset, length), _Stat()
+    arguments = (ctypes.c_long(_CACHESTAT), ctypes.c_uint(fd), ctypes.byref(span), ctypes.byref(found), ctypes.c_uint(0))
+    if _libc().syscall(*arguments) == 0:
+        return int(found.cached)
+    # EPERM is also what a seccomp profile says to a call it does not know.
+    return None if ctypes.get_errno() in {errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP} else 0
+
+
+def _mincore(fd: int, offset: int, length: int) -> int:
+    begin = offset - offset % mmap.PAGESIZE
+    pages = 0
+    for start in range(begin, offset + length, _MINCORE_PIECE_BYTES):
+        pages += _mincore_piece(fd, start, min(_MINCORE_PIECE_BYTES, offset + length - start))
+    return min(length, pages * mmap.PAGESIZE)
+
+
+def _mincore_piece(fd: int, offset: int, length: int) -> int:
+    libc = _libc()
+    address = libc.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, fd, offset)
+    if address in (None, ctypes.c_void_p(-1).value):
+        return 0
+    try:
+        vector = ctypes.create_string_buffer(-(-length // mmap.PAGESIZE))
+        if libc.mincore(address, length, vector) != 0:
+            return 0
+        return sum(state & 1 for state in vector.raw)
+    finally:
+        libc.munmap(address, length)
