@@ -6,8 +6,9 @@
     thaw        clients go on: `pause_s` ends here
     commit      hashes, manifest, rename: the image exists from the last rename on, or not at all
 
-The container is frozen while its files are read, so they fit its memory. It is ended (`stop`) only after the commit, through
-its engine. When this process is killed, its guard waits for CRIU to end and thaws the container; the half-made image is swept.
+The container is frozen while its files are read, so they fit its memory. With `stop` it stays frozen until the commit and is
+then ended through its engine, so that nothing of it runs after the checkpoint. When this process is killed, its guard waits
+for CRIU to end and thaws the container; the half-made image is swept.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import contextlib
 import platform
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,7 +28,7 @@ from smr.images.store import Store
 from smr.proto.annotations import Tcp, check_reference
 from smr.proto.checkpoint import MOUNT_ANNOTATION, CheckpointConfig, Host, LayerType, Source
 from smr.proto.errors import Code, SmrError
-from smr.shim import cgroups, criu, network, preflight
+from smr.shim import cgroups, criu, network, preflight, procs
 from smr.shim.config import Config
 from smr.shim.criu import Criu
 from smr.shim.dump import dump, options, restore_options
@@ -39,6 +41,8 @@ from smr.shim.run import run
 
 Progress = Callable[[str], None]
 _SHM = "/dev/shm"
+# An engine that has not sent its SIGKILL by then is not waited for.
+_STOP_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,44 +84,96 @@ def checkpoint(target: Target, name: str, config: Config, *, tcp: Tcp, stop: boo
         )
     tool = criu.find(config)
     stages = _Stages(progress)
-    with Store(config.store).ingest() as ingest:
-        paused_for = _capture(target, ingest, tool, tcp, stages)
+    with Store(config.store).ingest() as ingest, _frozen(target, stages) as freezer:
+        _capture(target, ingest, tool, tcp, stages, freezer.guard)
+        if not stop:
+            freezer.thaw()
         with stages.stage("describe"):
-            facts = _describe(target, ingest.path / "criu", tool, tcp, paused_for, stages.seconds)
+            facts = _describe(target, ingest.path / "criu", tool, tcp, freezer.pause_s(), stages.seconds)
         with stages.stage("commit"):
             _add_layers(target, ingest)
             image = ingest.commit(name, facts)
-    if stop:
-        with stages.stage("stop"):
-            locate.stop(target)
-    return Result(image=image, pause_s=paused_for, stages_s=stages.seconds)
+        if stop:
+            with stages.stage("stop"):
+                end_frozen(target, freezer.thaw)
+    return Result(image=image, pause_s=freezer.pause_s(), stages_s=stages.seconds)
 
 
-def _capture(target: Target, ingest: Ingest, tool: Criu, tcp: Tcp, stages: _Stages) -> float:
-    """Everything that needs the container to hold still; returns the length of the pause in seconds."""
-    folder = ingest.path / "criu"
-    folder.mkdir(mode=0o700)
+@dataclass(slots=True, kw_only=True)
+class _Freezer:
+    """A container that is held still, until `thaw`; one that was paused before stays so."""
+
+    target: Target
+    guard: Guard
+    stages: _Stages
+    start: float
+    end: float = 0.0
+
+    def thaw(self) -> None:
+        """Let it go on, once."""
+        if self.end:
+            return
+        with self.stages.stage("thaw"):
+            if self.target.status != "paused":
+                _thaw(self.target)
+        self.end = time.monotonic()
+
+    def pause_s(self) -> float:
+        """How long it was, or has been so far, held."""
+        return round((self.end or time.monotonic()) - self.start, 6)
+
+
+@contextlib.contextmanager
+def _frozen(target: Target, stages: _Stages) -> Iterator[_Freezer]:
+    """Freeze the container; whatever happens it is thawed, by the guard when this process is killed."""
     was_paused = target.status == "paused"
-    overlay = overlay_of(target.rootfs)
     with Guard(lambda: None if was_paused else _thaw(target), until_children_end=True) as guard:
-        start = time.monotonic()
+        freezer = _Freezer(target=target, guard=guard, stages=stages, start=time.monotonic())
         try:
             with stages.stage("freeze"):
                 if not was_paused:
                     run(target.runtime_command("pause", target.id), timeout_s=60, code=Code.CHECKPOINT_FAILED)
-            with stages.stage("dump"):
-                dump(target, folder, ingest.path / "work", options(tcp), tool, guard)
-            with stages.stage("rootfs"):
-                _capture_files(target, overlay, ingest.path)
+            yield freezer
         finally:
-            with stages.stage("thaw"):
-                if not was_paused:
-                    _thaw(target)
-        return round(time.monotonic() - start, 6)
+            freezer.thaw()
+
+
+def _capture(target: Target, ingest: Ingest, tool: Criu, tcp: Tcp, stages: _Stages, guard: Guard) -> None:
+    """Everything that needs the container to hold still."""
+    folder = ingest.path / "criu"
+    folder.mkdir(mode=0o700)
+    with stages.stage("dump"):
+        dump(target, folder, ingest.path / "work", options(tcp), tool, guard)
+    with stages.stage("rootfs"):
+        _capture_files(target, overlay_of(target.rootfs), ingest.path)
+
+
+def end_frozen(target: Target, thaw: Callable[[], None]) -> None:
+    """End a frozen container through its engine before it runs on: its SIGKILL waits until the thaw, runc's or ours."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        stopping = pool.submit(locate.stop, target)
+        deadline = time.monotonic() + _STOP_S
+        while not stopping.done() and not procs.kill_pending(target.pid) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if procs.alive(target.pid) and not procs.kill_pending(target.pid):
+            run(target.runtime_command("kill", target.id, "KILL"), timeout_s=30, check=False)
+        thaw()
+        stopping.result()
 
 
 def _thaw(target: Target) -> None:
-    run(target.runtime_command("resume", target.id), timeout_s=60, code=Code.CHECKPOINT_FAILED)
+    """Resume; a runtime thaws by itself for SIGKILL (runc) and then knows of no pause, or of no container, any more."""
+    result = run(target.runtime_command("resume", target.id), timeout_s=60, check=False, code=Code.CHECKPOINT_FAILED)
+    if result.returncode == 0:
+        return
+    state = run(target.runtime_command("state", target.id), timeout_s=20, check=False)
+    if state.returncode == 0 and '"paused"' in state.stdout:
+        raise SmrError(
+            f"container {target.name or target.id} cannot be resumed: {result.stderr.strip()}",
+            hint=f"{' '.join(target.runtime_command('resume', target.id))}",
+            code=Code.CHECKPOINT_FAILED,
+            container=target.id,
+        )
 
 
 def _capture_files(target: Target, overlay: OverlayMount | None, folder: Path) -> None:

@@ -106,3 +106,13 @@ def started(pid: int) -> float:
     except OSError:
         return 0.0
     return int(text.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def kill_pending(pid: int) -> bool:
+    """Whether a SIGKILL waits for a process to run again."""
+    try:
+        lines = (PROC / str(pid) / "status").read_text(errors="replace").splitlines()
+    except OSError:
+        return False
+    bit = 1 << (signal.SIGKILL - 1)
+    return any(int(line.split()[1], 16) & bit for line in lines if line.startswith(("SigPnd:", "ShdPnd:")))
