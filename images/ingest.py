@@ -44,6 +44,7 @@ class _Added:
     size_bytes: int
     annotations: Mapping[str, str]
     digest: Future[str]
+    expected: str
     synced: Future[None]
 
     def descriptor(self) -> Descriptor:
@@ -51,6 +52,8 @@ class _Added:
         with writing(self.path, self.size_bytes):
             self.synced.result()
             digest = self.digest.result()
+        if self.expected and digest != self.expected:
+            raise SmrError(f"a layer is altered: found {digest}, needed {self.expected}", code=Code.ARCHIVE_INVALID)
         return Descriptor(media_type=self.kind, digest=digest, size_bytes=self.size_bytes, annotations=self.annotations)
 
 
@@ -68,10 +71,13 @@ class Ingest:
             self.path.mkdir(mode=0o700)
             self._blobs.mkdir(mode=0o700)
 
-    def add(self, file: Path, kind: LayerType, *, title: str = "", annotations: Mapping[str, str] | None = None) -> None:
+    def add(
+        self, file: Path, kind: LayerType, *, title: str = "", annotations: Mapping[str, str] | None = None, expected: str = ""
+    ) -> None:
         """Move a regular file in as a layer; from then on it is not the caller's. Layers keep the order of these calls.
 
-        Returns at once, unless the file has to be copied from another file system. Raises DISK_FULL.
+        Returns at once, unless the file has to be copied from another file system. When its digest turns out not to be
+        `expected`, `commit` raises ARCHIVE_INVALID. Raises DISK_FULL.
         """
         self._check_open()
         size_bytes = _regular_size(file)
@@ -86,6 +92,7 @@ class Ingest:
                 size_bytes=size_bytes,
                 annotations={**(annotations or {}), **({TITLE_ANNOTATION: title} if title else {})},
                 digest=self._pool.submit(digest_file, path, self._stop_when_closed),
+                expected=expected,
                 synced=self._pool.submit(_fsync, path),
             )
         )

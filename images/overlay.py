@@ -74,7 +74,7 @@ class Walker:
     ) -> None:
         self._top = top
         self._prefix = prefix
-        self._lowers = lowers
+        self._lowers = [lower.resolve() for lower in lowers]  # containers/storage names them by links
         self._exclude = frozenset(exclude)
         self._overlay = overlay
         self.excluded = 0

@@ -10,7 +10,7 @@ format 1.0, where the file's data begins with its map. Names are `os.fsdecode`d 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from types import TracebackType
@@ -92,6 +92,18 @@ class TarWriter:
         self._write(header)
         for offset, length in entry.segments if entry.segments is not None else ((0, entry.size),):
             self._copy(content, offset, length)
+        self._write(bytes(-stored % BLOCK))
+
+    def add_stored(self, entry: Entry, read: Callable[[int], bytes]) -> None:
+        """Write a file whose data comes in order from `read` (at most so many bytes, never none), its holes left out."""
+        sparse_map = b"" if entry.segments is None else _sparse_map(entry.segments, entry.size)
+        left = entry.data_bytes
+        stored = len(sparse_map) + left
+        self._write(_header(entry, stored) + sparse_map)
+        while left:
+            data = read(min(left, len(_ZEROS)))
+            self._write(data)
+            left -= len(data)
         self._write(bytes(-stored % BLOCK))
 
     def add_bytes(self, entry: Entry, content: bytes) -> None:

@@ -8,7 +8,6 @@ An archive without its end mark counts as truncated.
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
@@ -278,10 +277,7 @@ class TarReader:
         return data
 
     def _some(self, size: int) -> bytes:
-        try:
-            data = self._stream.read(size)
-        except (EOFError, zlib.error) as error:
-            raise SmrError(f"{self._what} is broken: {error}", code=Code.ARCHIVE_INVALID) from error
+        data = self._stream.read(size)
         if not data:
             self._invalid("it is truncated")
         return data

@@ -1,0 +1,111 @@
+"""config.dump and spec.dump as podman would have written them, for an image that podman did not make.
+
+Only what `podman container restore --import` needs (libpod.ContainerConfig, 4.3 to 5.8): everything else podman works out itself.
+The engine's own bind mounts (/etc/hosts...) leave the spec, because podman then adds those of the new container.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+
+from smr.images.image import Image, Layer
+from smr.proto.checkpoint import Source
+from smr.proto.errors import Code, SmrError
+from smr.proto.oci import Json, as_list, as_object
+
+_ENGINE_MOUNTS = frozenset({"/etc/hosts", "/etc/resolv.conf", "/etc/hostname", "/run/.containerenv", "/run/secrets", "/dev/shm"})
+_OURS = ("smr.", "org.criu.")
+_SHM_BYTES = 65536000
+_SIGTERM = 15
+
+
+def spec_dump(spec: Mapping[str, object]) -> Json:
+    """The spec without what belonged to the source's engine: its mounts, hooks, namespaces of its own making, our annotations."""
+    document = {key: value for key, value in spec.items() if key != "hooks"}
+    document["mounts"] = [mount for mount in map(_mount, as_list(spec.get("mounts"), "mounts")) if not _is_engines(mount)]
+    annotations = as_object(spec.get("annotations"), "annotations")
+    document["annotations"] = {key: value for key, value in annotations.items() if not key.startswith(_OURS)}
+    linux = as_object(spec.get("linux"), "linux")
+    namespaces = [as_object(entry, "namespaces[]") for entry in as_list(linux.get("namespaces"), "linux.namespaces")]
+    linux = linux | {"namespaces": [{"type": entry.get("type")} for entry in namespaces]}
+    document["linux"] = {key: value for key, value in linux.items() if key != "cgroupsPath"}
+    return document
+
+
+def config_dump(image: Image, spec: Json, inspect: Layer | None) -> Json:
+    """A container's config for `image`. UNSUPPORTED when nothing says what its root was."""
+    source = image.config.source
+    process = as_object(spec.get("process"), "process")
+    networked = bool(image.config.addresses)
+    return {
+        "id": source.container_id if re.fullmatch(r"[0-9a-f]{64}", source.container_id) else image.digest.removeprefix("sha256:"),
+        "name": _name(image),
+        "lockID": 0,
+        "idMappingsOptions": {"HostUIDMapping": True, "HostGIDMapping": True},
+        **_root(source, _image_id(source, inspect)),
+        "shmSize": _SHM_BYTES,
+        "staticDir": "",
+        "createWorkingDir": True,
+        "secretsPath": "",
+        "storageOpts": None,
+        "privileged": False,
+        "createNetNS": networked,
+        **({"newNetworks": {"podman": {}}, "networkMode": "bridge"} if networked else {}),
+        "command": list(as_list(process.get("args"), "process.args")),
+        "stopSignal": _SIGTERM,
+        "stopTimeout": 10,
+        "createdTime": image.created,
+        "cgroupsMode": "enabled",
+        "cgroupParent": "",
+        "logPath": "",
+        "logTag": "",
+        "logSize": 0,
+        "logDriver": "k8s-file",
+        "postConfigureNetNS": False,
+        "sdnotifyMode": "ignore",
+        "umask": "0022",
+        "healthcheck": None,
+        "mountAllDevices": False,
+        "stdin": False,
+    }
+
+
+def _root(source: Source, image_id: str) -> Json:
+    if source.image and image_id:
+        return {"rootfsImageID": image_id, "rootfsImageName": source.image, "RawImageName": source.image}
+    if source.rootfs:
+        return {"rootfs": source.rootfs}
+    raise SmrError(
+        "podman needs the source container's image, and the checkpoint does not name one",
+        hint="export with --format oci instead",
+        code=Code.UNSUPPORTED,
+    )
+
+
+def _image_id(source: Source, inspect: Layer | None) -> str:
+    """podman's id of the image: what it said itself, else the digest, which podman resolves too."""
+    if inspect is not None:
+        try:
+            found = as_object(json.loads(inspect.path.read_bytes()), "inspect.json").get("Image")
+        except (ValueError, SmrError):
+            found = None
+        if isinstance(found, str) and found:
+            return found.removeprefix("sha256:")
+    return source.image_digest.removeprefix("sha256:")
+
+
+def _name(image: Image) -> str:
+    wanted = image.config.source.container_name or image.name or "restored"
+    return re.sub(r"[^a-zA-Z0-9_.-]+", "-", wanted).lstrip("-_.") or "restored"
+
+
+def _mount(value: object) -> Json:
+    return as_object(value, "mounts[]")
+
+
+def _is_engines(mount: Json) -> bool:
+    options = as_list(mount.get("options"), "mounts[].options")
+    bind = mount.get("type") == "bind" or "bind" in options or "rbind" in options
+    return bind and mount.get("destination") in _ENGINE_MOUNTS
