@@ -178,18 +178,25 @@ def _place_panel(panel: Panel, y: float, shapes: list[Shape]) -> float:
         shapes.append(Label(x=x, y=bottom + 16, text=_tick(mark, panel.total_s), size=12, role="faint", anchor="middle"))
     shapes.append(Rule(x=right, top=top, bottom=bottom, role="total"))
     for row, bar in enumerate(panel.bars):
-        _place_bar(bar, left, scale, top + 6 + row * _ROW, shapes)
+        _place_bar(bar, (left, right), scale, top + 6 + row * _ROW, shapes)
     return bottom + 22
 
 
-def _place_bar(bar: Bar, left: float, scale: float, y: float, shapes: list[Shape]) -> None:
+def _place_bar(bar: Bar, axis: tuple[float, float], scale: float, y: float, shapes: list[Shape]) -> None:
+    left, right = axis
     x = left + bar.start_s * scale
     width = max(2.0, bar.length_s * scale)
     tip = f"{bar.name}: {duration(bar.length_s)}, from {duration(bar.start_s)} to {duration(bar.end_s)}"
     base = y + _BAR - 5
     shapes.append(Label(x=left - 14, y=base, text=_shorten(bar.name, _LABELS - 14, 13), anchor="end"))
     shapes.append(Box(x=x, y=y, width=width, height=_BAR, role=bar.colour, tip=tip))
-    shapes.append(Label(x=x + width + 7, y=base, text=duration(bar.length_s), role="faint"))
+    value = duration(bar.length_s)
+    room = 13 * _CHARACTER * len(value) + 7
+    crosses_total = x + width + 2 < right < x + width + room + 3
+    if crosses_total and x - room > left:
+        shapes.append(Label(x=x - 7, y=base, text=value, role="faint", anchor="end"))
+    else:
+        shapes.append(Label(x=x + width + 7, y=base, text=value, role="faint"))
 
 
 def _tick(mark: float, total_s: float) -> str:
