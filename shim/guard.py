@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from types import TracebackType
+from typing import NoReturn
 
 
 class Guard:
@@ -41,12 +43,23 @@ class Guard:
         """Nothing is to be undone any more. The guard ends and is reaped."""
         if self._write < 0:
             return
+        self._say_done()
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self._pid, 0)
+
+    def exit(self, status: int) -> NoReturn:
+        """Say done and end this process with nothing between: killed before it, the operation is undone; after it, it stands."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if self._write >= 0:
+            self._say_done()
+        os._exit(status)
+
+    def _say_done(self) -> None:
         with contextlib.suppress(BrokenPipeError):
             os.write(self._write, b"done")
         os.close(self._write)
         self._write = -1
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(self._pid, 0)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         """An exception that reaches here was handled by the owner, which undoes in its own process; the guard stands down."""

@@ -97,7 +97,7 @@ def create(call: RuntimeCall, config: Config) -> int:
     annotations = parse(spec.annotations)
     if annotations is None:
         exec_real(call, config)
-    error = try_restore(call, spec, annotations, config)
+    error = try_restore(call, spec, annotations, config, then_exit=True)
     if error is None:
         return 0
     if annotations.fallback is Fallback.FAIL:
@@ -110,8 +110,14 @@ def create(call: RuntimeCall, config: Config) -> int:
     return status
 
 
-def try_restore(call: RuntimeCall, spec: Spec, annotations: Annotations, config: Config) -> SmrError | None:
-    """Restore; on failure everything is undone and the error returned."""
+def try_restore(
+    call: RuntimeCall, spec: Spec, annotations: Annotations, config: Config, *, then_exit: bool = False
+) -> SmrError | None:
+    """Restore; on failure everything is undone and the error returned.
+
+    `then_exit` ends the process after a success while the guard still watches: an engine that sees this process killed takes
+    the create for failed, so then there must be no container.
+    """
     rootfs = str(spec.rootfs_path(call.bundle).resolve())
     record = Record(
         id=call.id,
@@ -126,13 +132,15 @@ def try_restore(call: RuntimeCall, spec: Spec, annotations: Annotations, config:
         mounts_before=mounts_below(rootfs),
     )
     state = begin(config.run, record)
-    with state.locked(), Guard(lambda: _guard_undo(state.path, config)):
+    with state.locked(), Guard(lambda: _guard_undo(state.path, config)) as guard:
         try:
             restore(call, spec, annotations, config, state)
         except SmrError as error:
             return _failed(state, error)
         except Exception as error:  # noqa: BLE001  # whatever it was, nothing may be left behind
             return _failed(state, SmrError(f"internal error while restoring {annotations.restore}: {error!r}"))
+        if then_exit:
+            guard.exit(0)
     return None
 
 

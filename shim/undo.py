@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -77,13 +78,24 @@ def _unmount(state: ContainerState) -> None:
     before = set(state.record.mounts_before)
     rootfs = state.record.rootfs
     for point in reversed(mountinfo.points()):
-        in_runtime = point.startswith(f"{folder}/")
+        # CRIU mounts the cgroup hierarchies below its work directory while it restores.
+        in_runtime = point.startswith((f"{folder}/", f"{state.path}/"))
         in_root = bool(rootfs) and point.startswith(f"{rootfs}/") and point not in before
         if in_runtime or in_root:
             unmount(Path(point))
+    _remove_criu_roots(state)
     # Never through a mount that is still there: only what is empty of mounts is removed.
     if folder.exists() and not any(point.startswith(f"{folder}/") for point in mountinfo.points()):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_criu_roots(state: ContainerState) -> None:
+    """CRIU makes /tmp/.criu.mntns.XXXXXX for its mounts. Only the names in this restore's log are ours to remove."""
+    with contextlib.suppress(FileNotFoundError):
+        text = (state.work_dir / "restore.log").read_text(errors="replace")
+        for name in set(re.findall(r"/tmp/\.criu\.mntns\.\w{6}", text)):
+            with contextlib.suppress(OSError):
+                Path(name).rmdir()
 
 
 def _remove_cgroups(state: ContainerState) -> None:
