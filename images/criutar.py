@@ -8,11 +8,13 @@ all of those, and a header of any length into memory. Tars that `tarfile` or GNU
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from smr.images.files import writing
 from smr.proto.errors import Code, SmrError
 
 _BLOCK = 512
@@ -45,21 +47,26 @@ def pack_criu(folder: Path, out: Path) -> None:
 
 
 def pack(files: Iterable[Path], out: Path) -> None:
-    """Write the tar of `files` under their last names, sorted. A file that is not regular raises ARCHIVE_UNSAFE."""
+    """Write the tar of `files` under their last names, sorted. Raises DISK_FULL, ARCHIVE_UNSAFE for other than regular files."""
     from tarfile import GNU_FORMAT, TarInfo
 
-    with out.open("wb") as target:
+    with writing(out), out.open("wb") as target:
         for path in sorted(files, key=lambda file: file.name):
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-            with os.fdopen(fd, "rb") as source:
+            with _open_regular(path) as source:
                 info = TarInfo(_flat(path.name))
-                info.size, info.mode = os.fstat(fd).st_size, 0o600
+                info.size, info.mode = os.fstat(source.fileno()).st_size, 0o600
                 target.write(info.tobuf(GNU_FORMAT, "ascii", "strict"))
                 target.flush()
                 _copy(source, 0, info.size, target.fileno(), path.name)
             target.seek(0, os.SEEK_END)
             target.write(bytes(-info.size % _BLOCK))
         target.write(bytes(2 * _BLOCK))
+
+
+def _open_regular(path: Path) -> BinaryIO:
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise _unsafe(os.fsencode(path.name), "a link, a directory or a special file")
+    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb")
 
 
 def unpack(tar: BinaryIO, target: Path) -> list[str]:
@@ -132,7 +139,9 @@ def _check_extended(data: bytes) -> None:
         length, space, _ = data.partition(b" ")
         if not space or not length.isdigit() or not len(length) < int(length) <= len(data):
             raise _invalid("an extended header is garbled")
-        key = data[len(length) + 1 : int(length)].partition(b"=")[0]
+        key, equals, _ = data[len(length) + 1 : int(length)].partition(b"=")
+        if not equals:
+            raise _invalid("an extended header is garbled")
         if key not in _HARMLESS:
             raise _unsafe(key, "an extended header that changes a file")
         data = data[int(length) :]
