@@ -36,7 +36,7 @@ def list_images(as_json: bool) -> None:
         print_json([*(_summary(image) for image in found), *(_broken_summary(item) for item in broken)])
         return
     rows = [(*_columns(image), *_facts(image)) for image in found]
-    rows += [(item.reference, item.digest[7:19], "", "", "", f"damaged: {item.error.message}") for item in broken]
+    rows += [(item.reference, item.digest[7:19], "", "", "", _unreadable(item.error)) for item in broken]
     print_table(("IMAGE", "DIGEST", "CREATED", "SIZE", "MEMORY", "CONTAINER"), rows)
 
 
@@ -146,13 +146,17 @@ def _columns(image: Image) -> tuple[str, str, str, str]:
 
 
 def _facts(image: Image) -> tuple[str, str]:
-    """Memory and container, from the config; a damaged or newer one is said, not raised, in a list."""
+    """Memory and container, from the config; one that cannot be read is said in its line, and the list goes on."""
     try:
         config = image.config
     except SmrError as error:
-        return "", f"damaged: {error.message}"
+        return "", _unreadable(error)
     source = config.source
     return size(config.memory_bytes), f"{source.engine} {source.container_name or source.container_id[:12]}"
+
+
+def _unreadable(error: SmrError) -> str:
+    return f"{error.code.value}: see 'smr images verify'"
 
 
 def _described(image: Image, share: float) -> Iterator[tuple[str, str]]:
