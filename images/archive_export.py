@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from smr.images.archive_libpod import config_dump, spec_dump
+from smr.images.archive_libpod import config_dump, own_config, spec_dump
 from smr.images.archive_output import compression_for, output_tar
 from smr.images.archive_podman import CHECKPOINT, CONFIG, DELETED, KEPT, ROOTFS, SHM, SPEC
 from smr.images.image import Image, Layer
@@ -26,6 +26,8 @@ from smr.images.tarsafe import names, safe_parts
 from smr.proto.checkpoint import ARTIFACT_TYPE, MOUNT_ANNOTATION, LayerType
 
 _SHM_MOUNT = "/dev/shm"
+_INVENTORY, _FILES = "inventory.img", "files.img"
+_SMALL_LIMIT_BYTES = 64 << 20
 
 
 def write_oci(image: Image, out: Path) -> tuple[str, ...]:
@@ -61,7 +63,7 @@ def write_podman(image: Image, out: Path) -> tuple[str, ...]:
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch, output_tar(out, compression_for(out)) as writer:
         kept = {layer.title: layer for layer in image.layers_of(LayerType.ENGINE)}
         _documents(image, writer, kept)
-        _checkpoint(image, writer)
+        notes += _checkpoint(image, writer)
         notes += _rootfs(image, writer, Path(scratch))
         notes += _tmpfs(image, writer)
         for title, layer in kept.items():
@@ -74,7 +76,7 @@ def _documents(image: Image, writer: TarWriter, kept: dict[str, Layer]) -> None:
     """config.dump and spec.dump: podman's own where it made the image, else such as podman would have written."""
     own = image.config.source.engine == "podman" and CONFIG in kept and SPEC in kept
     if own:
-        _file(writer, CONFIG, kept[CONFIG].path)
+        _bytes(writer, CONFIG, own_config(image, kept[CONFIG]))
         _file(writer, SPEC, kept[SPEC].path)
         return
     spec = spec_dump(image.config.spec)
@@ -82,14 +84,36 @@ def _documents(image: Image, writer: TarWriter, kept: dict[str, Layer]) -> None:
     _document(writer, SPEC, spec)
 
 
-def _checkpoint(image: Image, writer: TarWriter) -> None:
+def _checkpoint(image: Image, writer: TarWriter) -> Iterator[str]:
+    """CRIU's files. podman restores without --tcp-close, which CRIU refuses for a dump that had it: where no connection was
+    open the inventory can say that it had not."""
+    from smr.images.criu_files import dumped_with_tcp_close, has_connections, without_tcp_close
+
+    small = {name: data for layer in image.layers_of(LayerType.CRIU) for name, data in _small(layer, _INVENTORY, _FILES)}
+    inventory = small.get(_INVENTORY, b"")
+    if inventory and dumped_with_tcp_close(inventory):
+        if has_connections(small.get(_FILES, b"")):
+            yield "TCP connections were open at the checkpoint: podman alone cannot restore the archive, smr import and smr.restore can"
+        else:
+            inventory = without_tcp_close(inventory)
     writer.add(Entry(name=f"{CHECKPOINT}/", kind=Kind.DIRECTORY, mode=0o700))
     for layer in image.layers_of(LayerType.CRIU):
         with _reading(layer.path) as reader:
             for entry in reader:
-                writer.add_stored(_plain(f"{CHECKPOINT}/{entry.name}", entry.size), reader.read_some)
+                if entry.name == _INVENTORY:
+                    _bytes(writer, f"{CHECKPOINT}/{entry.name}", inventory)
+                else:
+                    writer.add_stored(_plain(f"{CHECKPOINT}/{entry.name}", entry.size), reader.read_some)
     for layer in image.layers_of(LayerType.PAGES):
         _file(writer, f"{CHECKPOINT}/{layer.title}", layer.path)
+
+
+def _small(layer: Layer, *wanted: str) -> Iterator[tuple[str, bytes]]:
+    """Some members of CRIU's tar, whole."""
+    with _reading(layer.path) as reader:
+        for entry in reader:
+            if entry.name in wanted:
+                yield entry.name, reader.read(entry, _SMALL_LIMIT_BYTES)
 
 
 def _rootfs(image: Image, writer: TarWriter, scratch: Path) -> Iterator[str]:
@@ -117,8 +141,8 @@ def _changes(reader: TarReader, changes: TarWriter, deleted: list[str], written:
     for entry in reader:
         parts = safe_parts(entry.name)
         if not parts:
-            continue
-        if parts[-1] == OPAQUE:
+            changes.add(entry)  # the root's own mode, which CRIU compares
+        elif parts[-1] == OPAQUE:
             yield f"{names(parts[:-1])} was emptied and filled again: what the image has there will be visible"
         elif parts[-1].startswith(WHITEOUT):
             deleted.append(names((*parts[:-1], parts[-1].removeprefix(WHITEOUT))))
@@ -139,7 +163,10 @@ def _tmpfs(image: Image, writer: TarWriter) -> Iterator[str]:
 
 
 def _document(writer: TarWriter, name: str, value: object) -> None:
-    data = json.dumps(value, indent=2).encode()
+    _bytes(writer, name, json.dumps(value, indent=2).encode())
+
+
+def _bytes(writer: TarWriter, name: str, data: bytes) -> None:
     writer.add_bytes(_plain(name, len(data)), data)
 
 

@@ -1,4 +1,5 @@
-"""CRIU's protobuf image files: two magic words, then messages, each behind its length (32 bits, little endian).
+"""CRIU's protobuf image files: two magic words (the inventory has one), then messages, each behind its length (32 bits, little
+endian).
 
 Source: criu/include/magic.h and criu/protobuf.c, versions 4.1 to 4.3. Files with raw contents (pages-*, *.tar.gz.img) have no
 such form and are refused. protobuf takes 35 ms to import: only callers that need a message come here.
@@ -18,19 +19,31 @@ from smr.proto.criu import images_pb2
 from smr.proto.errors import Code, SmrError
 
 _COMMON_MAGIC = 0x54564319
+_INVENTORY_MAGIC = 0x58313116
 _STATE_STOPPED = 3
 _FD_INETSK = 4
+_IPPROTO_TCP = 6
+_UNCONNECTED = {7, 10}  # TCP_CLOSE, TCP_LISTEN
 _M = TypeVar("_M", bound=Message)
 
 
 def read_messages(path: Path, kind: Callable[[], _M]) -> Iterator[_M]:
     """The messages of one image file. Raises IMAGE_CORRUPT naming the file when it does not parse."""
-    for payload in _payloads(path):
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise _corrupt(path.name, error.strerror or "cannot be read") from error
+    return parse_messages(data, path.name, kind)
+
+
+def parse_messages(data: bytes, name: str, kind: Callable[[], _M]) -> Iterator[_M]:
+    """The same for the contents of a file called `name`."""
+    for payload in _payloads(data, name):
         message = kind()
         try:
             message.ParseFromString(payload)
         except DecodeError as error:
-            raise _corrupt(path, str(error)) from error
+            raise _corrupt(name, str(error)) from error
         yield message
 
 
@@ -79,30 +92,46 @@ def replace_addresses(folder: Path, mapping: dict[str, str]) -> int:
     return changed
 
 
+def dumped_with_tcp_close(inventory: bytes) -> bool:
+    """Whether a dump with this inventory.img can be restored only with --tcp-close."""
+    return any(entry.tcp_close for entry in parse_messages(inventory, "inventory.img", images_pb2.InventoryEntry))
+
+
+def has_connections(files: bytes) -> bool:
+    """Whether files.img holds a TCP socket that was connected."""
+    sockets = (entry.isk for entry in parse_messages(files, "files.img", images_pb2.FileEntry) if entry.type == _FD_INETSK)
+    return any(socket.proto == _IPPROTO_TCP and socket.state not in _UNCONNECTED for socket in sockets)
+
+
+def without_tcp_close(inventory: bytes) -> bytes:
+    """The inventory of a dump that can be restored without --tcp-close; right only where `has_connections` is false."""
+    (entry,) = parse_messages(inventory, "inventory.img", images_pb2.InventoryEntry)
+    entry.ClearField("tcp_close")
+    payload = entry.SerializeToString()
+    return inventory[:4] + struct.pack("<I", len(payload)) + payload
+
+
 def _words(address: object) -> tuple[int, ...]:
     """An address as CRIU keeps it: 32-bit words as they lie in memory."""
     packed = address.packed  # type: ignore[attr-defined]  # IPv4Address or IPv6Address
     return struct.unpack(f"={len(packed) // 4}I", packed)
 
 
-def _payloads(path: Path) -> Iterator[bytes]:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise _corrupt(path, error.strerror or "cannot be read") from error
-    if len(data) < 8 or struct.unpack_from("<I", data)[0] != _COMMON_MAGIC:
-        raise _corrupt(path, "does not begin as a CRIU image")
-    at = 8
+def _payloads(data: bytes, name: str) -> Iterator[bytes]:
+    magic = struct.unpack_from("<I", data)[0] if len(data) >= 8 else 0
+    if magic not in {_COMMON_MAGIC, _INVENTORY_MAGIC}:
+        raise _corrupt(name, "does not begin as a CRIU image")
+    at = 4 if magic == _INVENTORY_MAGIC else 8
     while at < len(data):
         if at + 4 > len(data):
-            raise _corrupt(path, f"ends within a length at byte {at}")
+            raise _corrupt(name, f"ends within a length at byte {at}")
         (size,) = struct.unpack_from("<I", data, at)
         at += 4
         if at + size > len(data):
-            raise _corrupt(path, f"needs {size} bytes at {at}, has {len(data) - at}")
+            raise _corrupt(name, f"needs {size} bytes at {at}, has {len(data) - at}")
         yield data[at : at + size]
         at += size
 
 
-def _corrupt(path: Path, what: str) -> SmrError:
-    return SmrError(f"CRIU image {path.name}: {what}", hint="checkpoint again", code=Code.IMAGE_CORRUPT, file=path)
+def _corrupt(name: str, what: str) -> SmrError:
+    return SmrError(f"CRIU image {name}: {what}", hint="checkpoint again", code=Code.IMAGE_CORRUPT, file=name)

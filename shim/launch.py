@@ -45,7 +45,7 @@ def _podman(image: str, facts: CheckpointConfig, spec: Spec, name: str, extra: S
     words += ["--read-only"] if spec.rootfs_readonly else []
     if not _has_capability(_CAP_SYS_RESOURCE):
         words += ["--ulimit", "nofile=20000:20000", "--ulimit", "nproc=20000:20000"]
-    for mount in user_mounts(spec):
+    for mount in user_mounts(spec, facts.source.container_id):
         words += ["--volume", f"{mount.source}:{mount.destination}" + (":ro" if "ro" in mount.options else "")]
     return [*words, *extra, *_source(facts, ["--rootfs"]), *spec.args]
 
@@ -57,18 +57,21 @@ def _containerd(image: str, facts: CheckpointConfig, spec: Spec, name: str, extr
     words += ["--tty"] if spec.terminal else []
     words += ["--net-host"] if "network" not in spec.namespaces else []
     words += ["--read-only"] if spec.rootfs_readonly else []
-    for mount in user_mounts(spec):
+    for mount in user_mounts(spec, facts.source.container_id):
         options = ":".join(mount.options) or "rbind"
         words += ["--mount", f"type=bind,src={mount.source},dst={mount.destination},options={options}"]
     return [*words, *extra, *_source(facts, ["--rootfs"]), container, *spec.args]
 
 
-def user_mounts(spec: Spec) -> list[Mount]:
-    """Bind mounts that the user asked for: not those that engines make for each container."""
+def user_mounts(spec: Spec, container_id: str) -> list[Mount]:
+    """Bind mounts that the user asked for: not those that engines make for each container, in folders that bear its id."""
     return [
         mount
         for mount in spec.mounts
-        if mount.is_bind and mount.destination not in ENGINE_FILES and not mount.source.startswith(_ENGINE_SOURCES)
+        if mount.is_bind
+        and mount.destination not in ENGINE_FILES
+        and not mount.source.startswith(_ENGINE_SOURCES)
+        and container_id not in Path(mount.source).parts
     ]
 
 

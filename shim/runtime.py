@@ -14,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -309,21 +309,32 @@ def engine_checkpoint(call: RuntimeCall, config: Config) -> int:
     from smr.shim.dump import engine_options
 
     tool = criu.find(config)
-    config.run.mkdir(mode=0o700, parents=True, exist_ok=True)
-    file = config.run / "engine-checkpoint.conf"
-    options = "".join(f"{name} {value}".rstrip() + "\n" for name, value in engine_options(call).items())
-    write_atomic(file, options.encode(), durable=False)
-    exec_real(call, config, tool.environment(file))
+    options = engine_options(call)
+    name = "engine-checkpoint-locked.conf" if "network-lock" in options else "engine-checkpoint.conf"
+    exec_real(call, config, tool.environment(_engine_options(config, name, options)))
 
 
 def engine_restore(call: RuntimeCall, config: Config) -> int:
-    """The engine's own restore verb: the real runtime with SMR's CRIU."""
+    """The engine's own restore verb: the real runtime with SMR's CRIU, and the option that CRIU wants if the dump had it."""
     if call.option("help", "h") is not None:
         exec_real(call, config)
+    from smr.images.criu_files import dumped_with_tcp_close
     from smr.shim import criu
 
     tool = criu.find(config)
+    inventory = Path(call.option("image-path") or "checkpoint") / "inventory.img"
+    if inventory.exists() and dumped_with_tcp_close(inventory.read_bytes()):
+        exec_real(call, config, tool.environment(_engine_options(config, "engine-restore.conf", {"tcp-close": ""})))
     exec_real(call, config, {"PATH": tool.environment(Path("/"))["PATH"]})
+
+
+def _engine_options(config: Config, name: str, options: Mapping[str, str]) -> Path:
+    """A CRIU configuration file that stays: this process becomes the runtime, so nobody could remove it afterwards."""
+    config.run.mkdir(mode=0o700, parents=True, exist_ok=True)
+    file = config.run / name
+    lines = "".join(f"{option} {value}".rstrip() + "\n" for option, value in options.items())
+    write_atomic(file, lines.encode(), durable=False)
+    return file
 
 
 if __name__ == "__main__":

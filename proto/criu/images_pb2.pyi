@@ -61,3 +61,9 @@ class FileEntry(_message.Message):
     id: int
     isk: InetSkEntry
     def __init__(self, type: _Optional[int] = ..., id: _Optional[int] = ..., isk: _Optional[_Union[InetSkEntry, _Mapping]] = ...) -> None: ...
+
+class InventoryEntry(_message.Message):
+    __slots__ = ("tcp_close",)
+    TCP_CLOSE_FIELD_NUMBER: _ClassVar[int]
+    tcp_close: bool
+    def __init__(self, tcp_close: _Optional[bool] = ...) -> None: ...
