@@ -93,7 +93,7 @@ def _checkpoint(image: Image, writer: TarWriter) -> Iterator[str]:
     inventory = small.get(_INVENTORY, b"")
     if inventory and dumped_with_tcp_close(inventory):
         if has_connections(small.get(_FILES, b"")):
-            yield "TCP connections were open at the checkpoint: podman alone cannot restore the archive, smr import and smr.restore can"
+            yield "TCP connections were open at the checkpoint: podman cannot restore the archive, smr import can use it"
         else:
             inventory = without_tcp_close(inventory)
     writer.add(Entry(name=f"{CHECKPOINT}/", kind=Kind.DIRECTORY, mode=0o700))
