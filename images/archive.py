@@ -54,10 +54,12 @@ def export_archive(image: Image, out: Path, *, format: Format | str = Format.POD
     """Write `image` to the new or replaced file `out`, whole or not at all; returns what the format could not carry.
 
     The name of `out` decides the compression of podman's shape: .tar is plain, .tar.zst zstd, anything else gzip. Lease the
-    image. Raises IMAGE_CORRUPT, DISK_FULL, UNSUPPORTED.
+    image. Raises USAGE (no place to write), IMAGE_CORRUPT, DISK_FULL, UNSUPPORTED.
     """
     from smr.images.archive_export import write_oci, write_podman
 
+    if out.is_dir() or not out.parent.is_dir():
+        raise SmrError(f"cannot write {out}: needed a file name in a directory that exists", code=Code.USAGE, path=out)
     image.check()
     return write_oci(image, out) if Format(format) is Format.OCI else write_podman(image, out)
 

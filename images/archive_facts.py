@@ -177,9 +177,15 @@ def _host(facts: Facts, checkpoint: Path, tasks: Sequence[Task]) -> Host:
         architecture=_GO_ARCHITECTURES.get(arch, arch) or _architecture(checkpoint, tasks),
         kernel=annotation(facts.annotations, "host.kernel"),
         criu=criu_version(annotation(facts.annotations, "criu.version")),
-        runtime=version or Path(facts.runtime).name,
+        runtime=version or _runtime(facts.runtime),
         cgroup=annotation(facts.annotations, "cgroups.version") or annotation(facts.annotations, "cgroup.version"),
     )
+
+
+def _runtime(name: str) -> str:
+    """The real runtime's name, of a path, or of containerd's io.containerd.runc.v2; ours is nobody's real one."""
+    word = Path(name).name
+    return "" if "smr" in word else next((known for known in ("crun", "runc") if known in word), word)
 
 
 def criu_version(number: str) -> str:

@@ -57,6 +57,7 @@ def config_dump(image: Image, spec: Json, inspect: Layer | None) -> Json:
         "stopSignal": _SIGTERM,
         "stopTimeout": 10,
         "createdTime": image.created,
+        "runtime": runtime_name(image),
         "cgroupsMode": "enabled",
         "cgroupParent": "",
         "logPath": "",
@@ -72,6 +73,20 @@ def config_dump(image: Image, spec: Json, inspect: Layer | None) -> Json:
     }
 
 
+def runtime_name(image: Image) -> str:
+    """The runtime that podman is to restore with, which it takes from config.dump and wants to be one it knows."""
+    return "crun" if "crun" in image.config.host.runtime else "runc"
+
+
+def own_config(image: Image, layer: Layer) -> bytes:
+    """podman's own config.dump. A container that ran on our runtime asks for the real one, so that any podman takes it."""
+    data = layer.path.read_bytes()
+    document = as_object(json.loads(data), "config.dump")
+    if "smr" not in str(document.get("runtime", "")):
+        return data
+    return json.dumps(document | {"runtime": runtime_name(image)}, indent=2).encode()
+
+
 def _root(source: Source, image_id: str) -> Json:
     if source.image and image_id:
         return {"rootfsImageID": image_id, "rootfsImageName": source.image, "RawImageName": source.image}
@@ -85,7 +100,7 @@ def _root(source: Source, image_id: str) -> Json:
 
 
 def _image_id(source: Source, inspect: Layer | None) -> str:
-    """podman's id of the image: what it said itself, else the digest, which podman resolves too."""
+    """podman's id of the image: what it said itself, else the image's name, which podman resolves as well."""
     if inspect is not None:
         try:
             found = as_object(json.loads(inspect.path.read_bytes()), "inspect.json").get("Image")
@@ -93,7 +108,7 @@ def _image_id(source: Source, inspect: Layer | None) -> str:
             found = None
         if isinstance(found, str) and found:
             return found.removeprefix("sha256:")
-    return source.image_digest.removeprefix("sha256:")
+    return source.image_digest.removeprefix("sha256:") if source.engine == "podman" else source.image
 
 
 def _name(image: Image) -> str:

@@ -12,6 +12,7 @@ client/container.go.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,9 +147,15 @@ def _containerd_facts(layout: _Layout, index: Json, parts: Mapping[str, Descript
     annotations = _annotations(index)
     image = next((parts[kind] for kind in parts if kind in (*_INDEXES, *_IMAGES)), None)
     name = annotations.get("image.name") or annotations.get("org.opencontainers.image.ref.name", "")
+    spec = _spec(layout.blob(parts[_CTD_SPEC]).read_bytes())
     return Facts(
-        source=Source(engine="containerd", container_id="", image=name, image_digest=image.digest if image else ""),
-        spec=_spec(layout.blob(parts[_CTD_SPEC]).read_bytes()),
+        source=Source(
+            engine="containerd",
+            container_id=_container_id(spec),
+            image=name,
+            image_digest=image.digest if image else "",
+        ),
+        spec=spec,
         runtime=annotations.get("io.containerd.checkpoint.runtime", ""),
     )
 
@@ -162,6 +169,13 @@ def _spec(message: bytes) -> Json:
         return _object(json.loads(value) if isinstance(value, bytes) else None, "spec")
     except (ValueError, StopIteration, RecursionError) as error:
         raise SmrError(f"the containerd checkpoint's spec cannot be read: {error}", code=Code.ARCHIVE_INVALID) from error
+
+
+def _container_id(spec: Json) -> str:
+    """The last part of the cgroup's path, /NAMESPACE/ID or SLICE:PREFIX:ID; nothing else in the image names the container."""
+    linux = spec.get("linux")
+    path = linux.get("cgroupsPath") if isinstance(linux, dict) else ""
+    return re.split("[/:]", str(path or ""))[-1]
 
 
 def _add_image(layout: _Layout, document: Json, ingest: Ingest) -> CheckpointConfig:

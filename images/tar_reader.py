@@ -16,6 +16,7 @@ from smr.images.tar import BLOCK, XATTR_PREFIX, Entry, Kind, Segments
 from smr.proto.errors import Code, SmrError
 
 _COPY_BYTES = 1 << 20
+_MAX_PADDING_BYTES = 64 << 20
 _IGNORED = frozenset({b"V"})  # GNU volume labels
 _KINDS = {kind.value: kind for kind in Kind} | {b"\0": Kind.FILE, b"7": Kind.FILE}
 
@@ -72,6 +73,7 @@ class TarReader:
     def __iter__(self) -> Iterator[Entry]:
         while (entry := self._next()) is not None:
             yield entry
+        self._drain()
 
     def copy(self, entry: Entry, fd: int) -> None:
         """Write the content of `entry`, the one just returned, to `fd`; holes stay holes."""
@@ -108,6 +110,16 @@ class TarReader:
             data = self._some(min(length, _COPY_BYTES))
             _pwrite_all(fd, data, offset)
             offset, length = offset + len(data), length - len(data)
+
+    def _drain(self) -> None:
+        """Read a stream to its end, where its compression has a check sum; behind the end mark there is little but padding."""
+        if isinstance(self._stream, FileStream):
+            return
+        left = _MAX_PADDING_BYTES
+        while data := self._stream.read(_COPY_BYTES):
+            left -= len(data)
+            if left < 0:
+                self._unsafe("it goes on after its end mark")
 
     def _next(self) -> Entry | None:
         self._skip(self._left + self._padding)

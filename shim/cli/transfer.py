@@ -37,7 +37,7 @@ def import_command(archive: Path, name: str, no_replace: bool, as_json: bool) ->
 
 @click.command("export")
 @click.argument("image")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="File to write; - is not taken.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="File to write.")
 @click.option(
     "--format",
     "form",
