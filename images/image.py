@@ -1,11 +1,13 @@
 """An image of the store, as its readers see it: immutable, its manifest verified, its blobs where they lie.
 
 An `Image` says that its manifest was whole when it was resolved. Who keeps using it holds a lease (`Store.lease`), so that its
-blobs stay. Nothing here writes to the store, and the store may be mounted read-only.
+blobs stay. Nothing here changes the store: it may be read where it cannot be written, but `materialize` links its pages and so needs
+a directory on the same mount.
 """
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -114,8 +116,9 @@ class Image:
     def materialize(self, target: Path) -> None:
         """Make a CRIU image directory in `target`, which exists and is empty; after a failure it is empty again.
 
-        CRIU's images are files of their own, free to be edited; pages are symbolic links to the blobs. Raises IMAGE_CORRUPT,
-        ARCHIVE_UNSAFE, ARCHIVE_INVALID, DISK_FULL.
+        `target` is on the store's file system: CRIU's small images are files of their own, free to be edited, pages are hard
+        links to the blobs, read-only. Symbolic links would not do: CRIU opens pages after it has changed its root, where their
+        targets do not exist. Raises IMAGE_CORRUPT, ARCHIVE_UNSAFE, ARCHIVE_INVALID, DISK_FULL, PERMISSION.
         """
         self.check()
         if any(target.iterdir()):
@@ -137,7 +140,21 @@ class Image:
         for pages in self.layers_of(LayerType.PAGES):
             if pages.title in names:
                 raise corrupt(small.path, "criu", f"a file {pages.title}", "none, since there is a layer of that name")
-            (target / pages.title).symlink_to(pages.path)
+            _link(pages.path, target / pages.title)
+
+
+def _link(blob: Path, path: Path) -> None:
+    try:
+        path.hardlink_to(blob)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        raise SmrError(
+            f"{path.parent} is not on the file system (and mount) of the store {blob.parents[2]}: pages cannot be linked there",
+            hint="restore into a directory beside the store",
+            code=Code.INTERNAL,
+            path=path,
+        ) from error
 
 
 def read_image(blobs: Path, digest: str, *, name: str = "", tag: str = "") -> Image:

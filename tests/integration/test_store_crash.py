@@ -229,14 +229,19 @@ def test_full_disk_while_committing(tmpfs: Path) -> None:
     check_store(store)
 
 
-def test_store_on_a_read_only_mount_is_read(tmpfs: Path) -> None:
-    """Restores need no write access: resolve, lease, config and verify work; writers are told PERMISSION."""
+def test_store_on_a_read_only_mount_is_read(tmpfs: Path, tmp_path: Path) -> None:
+    """Readers need no write access: resolve, lease, config and verify work; writers are told PERMISSION."""
     store = Store(tmpfs / "store")
     made = commit(store, "llama")
     run(["mount", "-o", "remount,ro", tmpfs])
     with store.leased("llama") as image:
         assert image.config == made.config
         assert store.verify(image).ok
+        outside = tmp_path / "outside"
+        outside.mkdir()
+        with pytest.raises(SmrError, match="beside the store"):
+            image.materialize(outside)
+        assert list(outside.iterdir()) == []
     for write in (lambda: commit(store, "other"), lambda: store.remove("llama"), store.gc):
         with pytest.raises(SmrError) as caught:
             write()

@@ -411,6 +411,7 @@ def test_materialize_gives_criu_its_directory(store: Store) -> None:
     target.mkdir()
     image.materialize(target)
     assert {path.name: path.read_bytes() for path in target.iterdir()} == {**CRIU_FILES, **PAGES}
+    assert all((target / layer.title).samefile(layer.path) for layer in image.layers_of(LayerType.PAGES))
     (target / "core-1.img").write_bytes(b"edited")
     assert store.verify(image).ok
 
