@@ -1,8 +1,8 @@
 """An image of the store, as its readers see it: immutable, its manifest verified, its blobs where they lie.
 
 An `Image` says that its manifest was whole when it was resolved. Who keeps using it holds a lease (`Store.lease`), so that its
-blobs stay. Nothing here changes the store: it may be read where it cannot be written, but `materialize` links its pages and so needs
-a directory on the same mount.
+blobs stay. Nothing here changes the store, which may be read where it cannot be written; only `materialize` needs a directory
+that can be written on the store's mount, because it links the pages.
 """
 
 from __future__ import annotations

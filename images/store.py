@@ -1,6 +1,7 @@
 """The store of a node: checkpoint images by name and digest. `layout` has what lies on disk and the invariants.
 
-Readers (`resolve`, `images`, `lease`, `verify`) write nothing and take no lock but the lease, so they need no write access. Writers (`ingest`, `remove`, `gc`) may run in any number of processes at once.
+Readers (`resolve`, `images`, `lease`, `verify`) write nothing and take no lock but the lease, so they need no write access.
+Writers (`ingest`, `remove`, `gc`) may run in any number of processes at once.
 """
 
 from __future__ import annotations
