@@ -62,6 +62,8 @@ CRIU_OPTIONS: frozenset[str] = frozenset(
 )
 
 _REFERENCE = re.compile(r"[a-z0-9]+(?:[._/-]+[a-z0-9]+)*(?::[A-Za-z0-9_][A-Za-z0-9._-]{0,127})?")
+# A value becomes part of a line of CRIU's configuration file, where a newline would begin another option.
+_CRIU_VALUE = re.compile(r"[A-Za-z0-9._-]{0,64}")
 _DIGEST = re.compile(r"(?:[a-z0-9]+(?:[._/-]+[a-z0-9]+)*@)?sha256:[0-9a-f]{6,64}")
 
 
@@ -153,7 +155,7 @@ def parse(annotations: Mapping[str, str]) -> Annotations | None:
         rootfs=_enum(Check, ours, ROOTFS, Check.CHECK),
         command=_enum(Check, ours, COMMAND, Check.CHECK),
         mounts={_destination(key): _source(key, value) for key, value in ours.items() if key.startswith(MOUNT_PREFIX)},
-        criu={key.removeprefix(CRIU_PREFIX): value for key, value in ours.items() if key.startswith(CRIU_PREFIX)},
+        criu={key.removeprefix(CRIU_PREFIX): _criu(key, value) for key, value in ours.items() if key.startswith(CRIU_PREFIX)},
     )
 
 
@@ -173,6 +175,17 @@ def _check_key(key: str) -> None:
     close = get_close_matches(key, KEYS, n=1)
     hint = f"did you mean {close[0]}?" if close else "known: " + ", ".join(KEYS)
     raise SmrError(f"unknown annotation {key}", hint=hint, code=Code.ANNOTATION_UNKNOWN, annotation=key)
+
+
+def _criu(key: str, value: str) -> str:
+    if _CRIU_VALUE.fullmatch(value):
+        return value
+    raise SmrError(
+        f"annotation {key}={value!r}: not a value of a CRIU option",
+        hint="needed letters, digits, '.', '_' and '-', or nothing for a flag",
+        code=Code.ANNOTATION_INVALID,
+        annotation=key,
+    )
 
 
 def _enum(kind: type[_E], ours: Mapping[str, str], key: str, default: _E) -> _E:

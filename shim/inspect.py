@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from smr.proto.errors import Code, SmrError
-from smr.shim import procs
 from smr.shim.config import Config
 from smr.shim.state import ContainerState, Status, all_states
 
@@ -52,9 +51,9 @@ def summary_of(state: ContainerState) -> Summary:
     """One container."""
     record = state.record
     status = record.status.value
-    if record.status in {Status.CREATED, Status.RESTORED} and not procs.alive(record.pid):
+    if record.status in {Status.CREATED, Status.RESTORED} and not state.task_alive():
         status = "exited"
-    if record.status is Status.RESTORING and not procs.alive(record.owner_pid):
+    if record.status is Status.RESTORING and not state.owner_alive():
         status = "broken"
     # Stages overlap and `start` comes when the engine is ready, so the sum of what SMR did is counted.
     total = sum(stage.end_s - stage.start_s for stage in record.stages)

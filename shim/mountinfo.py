@@ -19,13 +19,19 @@ class MountEntry:
 
 def entries(text: str | None = None) -> list[MountEntry]:
     """Mounts of this mount namespace, in the order they were made."""
-    lines = (Path("/proc/self/mountinfo").read_text() if text is None else text).splitlines()
     found = []
-    for line in lines:
+    for line in (_own() if text is None else text).split("\n"):
+        if not line:
+            continue
         before, _, after = line.partition(" - ")
         kind, _, options = after.split(" ", 2)
         found.append(MountEntry(point=unescape(before.split()[4]), type=kind, options=options))
     return found
+
+
+def _own() -> str:
+    # Paths are bytes: a name that is no UTF-8 must not end a restore.
+    return Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
 
 
 def points() -> list[str]:

@@ -63,12 +63,17 @@ def all_pids() -> list[int]:
 
 
 def holding(*folders: Path) -> list[int]:
-    """Processes with an open file, or the current directory, in one of `folders`; not this one."""
+    """Processes with an open file, the current directory or an argument in one of `folders`; not this one.
+
+    An argument counts because a runtime that has just begun has opened nothing yet.
+    """
     prefixes = tuple(f"{folder}/" for folder in folders)
-    return [pid for pid in all_pids() if pid != os.getpid() and any(f"{link}/".startswith(prefixes) for link in _links(pid))]
+    return [pid for pid in all_pids() if pid != os.getpid() and any(f"{path}/".startswith(prefixes) for path in _paths(pid))]
 
 
-def _links(pid: int) -> Iterable[str]:
+def _paths(pid: int) -> Iterable[str]:
+    with contextlib.suppress(OSError):
+        yield from os.fsdecode((PROC / str(pid) / "cmdline").read_bytes()).split("\0")
     with contextlib.suppress(OSError):
         yield str((PROC / str(pid) / "cwd").readlink())
     with contextlib.suppress(OSError):
@@ -97,6 +102,11 @@ def alive(pid: int) -> bool:
     """Whether `pid` exists and is no zombie."""
     process = describe(pid) if pid > 0 else None
     return process is not None and process.state not in "ZX"
+
+
+def same(pid: int, started_s: float) -> bool:
+    """Whether `pid` is still the process that began at `started_s`, and no zombie: numbers are used again."""
+    return alive(pid) and started(pid) == started_s
 
 
 def started(pid: int) -> float:

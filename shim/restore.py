@@ -25,11 +25,11 @@ from pathlib import Path
 
 from smr.images.image import Image
 from smr.images.store import Store
-from smr.proto.annotations import Annotations, Check, Tcp
+from smr.proto.annotations import CRIU_OPTIONS, Annotations, Check, Tcp
 from smr.proto.checkpoint import MOUNT_ANNOTATION, LayerType
 from smr.proto.errors import Code, SmrError
 from smr.proto.oci import Mount, Spec, parse_spec
-from smr.shim import criu, engines, mountinfo, namespaces, preflight
+from smr.shim import criu, engines, mountinfo, namespaces, preflight, procs
 from smr.shim.config import Config
 from smr.shim.criu import Criu
 from smr.shim.files import write_atomic
@@ -38,6 +38,8 @@ from smr.shim.state import ContainerState, Status
 
 _RESTORE_FLAGS = ("console-socket", "no-pivot", "pid-file")
 _BASE_TIMEOUT_S = 60.0
+# Below this CRIU has read the pages before another Python has started.
+_PREFETCH_FROM_BYTES = 64 << 20
 # Slower than any disk worth restoring from; beyond that CRIU hangs.
 _BYTES_PER_S = 50e6
 
@@ -53,31 +55,36 @@ def restore(call: RuntimeCall, spec: Spec, annotations: Annotations, config: Con
         with state.stage("preflight"):
             tool = criu.find(config)
             preflight.compare(image.config, spec, annotations)
-        prefetch = start_prefetch(config, image)
+        prefetch = start_prefetch(config, image, state)
+        stack.callback(stop_prefetch, prefetch)
         with state.stage("rootfs"):
             apply_rootfs(state, image)
-            fill_tmpfs(image, spec, annotations)
+            fill_tmpfs(state, image, spec, annotations)
         with state.stage("rewrite"):
+            stack.enter_context(criu_folder(state))
             rewrite(state, image, spec, annotations)
         with state.stage("create"):
             run_restore(call, image, annotations, tool, state)
         with state.stage("adopt"):
             state.record.pid = _pid(call, state)
+            state.record.pid_started = procs.started(state.record.pid)
             namespaces.adopt(state.record.pid, spec)
         with state.stage("source"):
             if annotations.rootfs is Check.CHECK:
                 _check_source(image, source)
-        stop_prefetch(prefetch)
         state.record.status = Status.CREATED
         state.created_marker.touch()
         state.save()
 
 
-def start_prefetch(config: Config, image: Image) -> subprocess.Popen[bytes] | None:
-    """Read the image's pages ahead in a process of its own: charged to us, gone when it is done."""
-    if not any(layer.kind is LayerType.PAGES for layer in image.layers):
+def start_prefetch(config: Config, image: Image, state: ContainerState) -> subprocess.Popen[bytes] | None:
+    """Read the image's pages ahead in a process of its own: charged to us, gone when it is done.
+
+    The file that would cancel it is never made: its name tells undo whose process that is, when this one was killed.
+    """
+    if sum(layer.size_bytes for layer in image.layers_of(LayerType.PAGES)) < _PREFETCH_FROM_BYTES:
         return None
-    argv = [sys.executable, "-I", "-m", "smr.images.prefetch", str(config.store), image.digest]
+    argv = [sys.executable, "-I", "-m", "smr.images.prefetch", str(config.store), image.digest, str(state.path / "cancel")]
     null = subprocess.DEVNULL
     try:
         return subprocess.Popen(argv, stdin=null, stdout=null, stderr=null, start_new_session=True)
@@ -86,7 +93,7 @@ def start_prefetch(config: Config, image: Image) -> subprocess.Popen[bytes] | No
 
 
 def stop_prefetch(process: subprocess.Popen[bytes] | None) -> None:
-    """After CRIU has read the pages there is nothing left to read ahead."""
+    """After CRIU has read the pages, or when nobody will, there is nothing left to read ahead."""
     if process is not None:
         process.kill()
         process.wait()
@@ -106,25 +113,40 @@ def apply_rootfs(state: ContainerState, image: Image) -> None:
         apply_layer(layer.path, Path(state.record.rootfs), state.undo_dir)
 
 
-def fill_tmpfs(image: Image, spec: Spec, annotations: Annotations) -> None:
+def fill_tmpfs(state: ContainerState, image: Image, spec: Spec, annotations: Annotations) -> None:
     """Put the contents of external tmpfs mounts (/dev/shm) back into the new container's, which the engine made empty."""
     from smr.images.layer import unpack_tree
 
     sources = {mount.destination: mount.source for mount in spec.mounts if mount.is_bind} | dict(annotations.mounts)
     for layer in image.layers_of(LayerType.TMPFS):
-        destination = layer.annotations[MOUNT_ANNOTATION]
-        if any(Path(sources[destination]).iterdir()):
+        destination = layer.annotations.get(MOUNT_ANNOTATION, "")
+        source = Path(sources.get(destination, ""))
+        if not destination or destination not in sources or not source.is_dir() or any(source.iterdir()):
             raise SmrError(
-                f"{destination} is not empty in this container, the checkpoint's contents would be mixed with it",
+                f"the checkpoint has contents for {destination or 'a mount without a name'}: needed an empty directory there",
                 hint=f"give the container its own {destination}",
                 code=Code.MOUNT_MISMATCH,
             )
-        unpack_tree(layer.path, Path(sources[destination]))
+        state.record.undo_tmpfs += (str(source),)
+        state.save()
+        unpack_tree(layer.path, source)
+
+
+@contextlib.contextmanager
+def criu_folder(state: ContainerState) -> Iterator[None]:
+    """CRIU's directory of this restore, new; kept open, which tells `smr gc` that it is in use."""
+    # One may be left from before a reboot, which took the record with it.
+    shutil.rmtree(state.criu_dir, ignore_errors=True)
+    state.criu_dir.mkdir(mode=0o700, parents=True)
+    fd = os.open(state.criu_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield
+    finally:
+        os.close(fd)
 
 
 def rewrite(state: ContainerState, image: Image, spec: Spec, annotations: Annotations) -> None:
     """CRIU's directory of this restore, edited for the new container; also the spec, where the annotations add mounts."""
-    state.criu_dir.mkdir(mode=0o700, parents=True)
     image.materialize(state.criu_dir)
     if annotations.mounts:
         _add_mounts(state, spec, annotations)
@@ -189,6 +211,14 @@ def _usable(address: str, version: int) -> bool:
 
 def criu_options(image: Image, annotations: Annotations) -> dict[str, str]:
     """CRIU's options of this restore: those the dump needed, the mode of TCP, the user's; then what we always set."""
+    foreign = sorted(set(image.config.criu_options) - CRIU_OPTIONS)
+    if foreign:
+        # An image may come from anywhere, and some options run programs.
+        raise SmrError(
+            f"{image.reference} asks for the CRIU option {foreign[0]!r}, which is not allowed",
+            hint="allowed: " + ", ".join(sorted(CRIU_OPTIONS)),
+            code=Code.UNSUPPORTED,
+        )
     options = dict.fromkeys(image.config.criu_options, "")
     if annotations.tcp is Tcp.ESTABLISHED:
         if image.config.tcp != Tcp.ESTABLISHED:
@@ -272,7 +302,7 @@ def _pid(call: RuntimeCall, state: ContainerState) -> int:
 
 
 def _check_source(image: Image, source: Future[tuple[str, str]]) -> None:
-    name, digest = source.result(timeout=30)
+    name, digest = source.result()
     preflight.check_source(image.config, name, digest)
 
 

@@ -18,7 +18,7 @@ from smr.shim.state import ContainerState, Status
 def resume(state: ContainerState) -> None:
     """SIGCONT to the tree, children first, so that a parent that waits for its children finds them running."""
     with state.stage("start"):
-        tree = procs.tree(state.record.pid)
+        tree = procs.tree(state.record.pid) if state.task_alive() else []
         if not tree:
             raise SmrError(
                 f"the restored process {state.record.pid} of {state.record.id} ended before start",
@@ -33,6 +33,7 @@ def resume(state: ContainerState) -> None:
     shutil.rmtree(state.criu_dir, ignore_errors=True)
     shutil.rmtree(state.undo_dir, ignore_errors=True)
     state.record.undo_rootfs = False
+    state.record.undo_tmpfs = ()
     state.save()
     with contextlib.suppress(FileNotFoundError):
         state.created_marker.unlink()

@@ -20,19 +20,17 @@ from typing import NoReturn
 
 from smr.proto.annotations import STATUS, STATUS_CODE, STATUS_REASON, Annotations, Fallback, parse, wanted
 from smr.proto.errors import Code, SmrError
-from smr.proto.oci import Spec, load_spec
+from smr.proto.oci import Spec, as_object, load_spec
 from smr.shim import config as settings
 from smr.shim import log
 from smr.shim.config import Config
 from smr.shim.files import write_atomic
-from smr.shim.guard import Guard
 from smr.shim.oci_args import RuntimeCall, parse_call
-from smr.shim.restore import mounts_below, restore
-from smr.shim.resume import report, resume
-from smr.shim.state import ContainerState, Record, Status, begin, find
-from smr.shim.undo import undo
+from smr.shim.state import ContainerState, GoneError, Record, Status, begin, find
 
-_ID = re.compile(r"[\w+.-]+")
+# An id is a folder's name: not "." and not "..".
+_ID = re.compile(r"(?!\.\.?$)[\w+.-]+", re.ASCII)
+_UNFINISHED = {Status.RESTORING, Status.FAILED}
 _FATAL = {"TERM", "INT", "QUIT", "HUP", "SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "15", "2", "3", "1"}
 
 
@@ -50,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def dispatch(call: RuntimeCall, config: Config) -> int:
-    """Act on one call."""
+    """Act on one call. A record that another process drops meanwhile leaves the call to the real runtime."""
     verbs: dict[str, Callable[[RuntimeCall, Config], int]] = {
         "create": create,
         "run": run_container,
@@ -64,20 +62,24 @@ def dispatch(call: RuntimeCall, config: Config) -> int:
     act = verbs.get(call.verb)
     if act is None or (call.verb not in {"checkpoint", "restore"} and not _ID.fullmatch(call.id)):
         exec_real(call, config)
-    return act(call, config)
+    try:
+        return act(call, config)
+    except GoneError:
+        exec_real(call, config)
 
 
 def real_runtime(config: Config) -> str:
     """The real runtime: what the sh part found, else the configured one, else runc or crun on PATH."""
-    for name in (os.environ.get("SMR_RUNTIME", ""), config.runtime, "runc", "crun"):
-        found = shutil.which(name) if name else None
-        if found:
-            return found
-    raise SmrError(
-        "no OCI runtime found: neither runc nor crun is on PATH",
-        hint="install runc, or name one in /etc/smr/runtime",
-        code=Code.RUNTIME_MISSING,
-    )
+    named = os.environ.get("SMR_RUNTIME") or config.runtime
+    names = (named,) if named else ("runc", "crun")
+    found = next((path for name in names if (path := shutil.which(name))), None)
+    if found is None:
+        raise SmrError(
+            f"no OCI runtime found: {' or '.join(names)} is not there or cannot be executed",
+            hint="install runc, or name one in /etc/smr/runtime",
+            code=Code.RUNTIME_MISSING,
+        )
+    return found
 
 
 def exec_real(call: RuntimeCall, config: Config, env: dict[str, str] | None = None) -> NoReturn:
@@ -103,11 +105,9 @@ def create(call: RuntimeCall, config: Config) -> int:
     if annotations.fallback is Fallback.FAIL:
         report_failure(call, config, annotations, error)
         raise error
-    state = start_cold(call, config, annotations, error)
-    status = subprocess.run([real_runtime(config), *call.argv], check=False).returncode
-    if status != 0:
-        state.remove()
-    return status
+    start_cold(call, config, annotations, error)
+    # Not as a child: the engine's signals, descriptors and kill -9 are the real runtime's to get.
+    exec_real(call, config)
 
 
 def try_restore(
@@ -118,6 +118,9 @@ def try_restore(
     `then_exit` ends the process after a success while the guard still watches: an engine that sees this process killed takes
     the create for failed, so then there must be no container.
     """
+    from smr.shim.guard import Guard
+    from smr.shim.restore import mounts_below, restore
+
     rootfs = str(spec.rootfs_path(call.bundle).resolve())
     record = Record(
         id=call.id,
@@ -131,41 +134,68 @@ def try_restore(
         annotations=dict(spec.annotations),
         mounts_before=mounts_below(rootfs),
     )
-    state = begin(config.run, record)
+    state = _begin(config, record)
     with state.locked(), Guard(lambda: _guard_undo(state.path, config)) as guard:
         try:
             restore(call, spec, annotations, config, state)
         except SmrError as error:
             return _failed(state, error)
-        except Exception as error:  # noqa: BLE001  # whatever it was, nothing may be left behind
-            return _failed(state, SmrError(f"internal error while restoring {annotations.restore}: {error!r}"))
+        except BaseException as error:  # whatever it was, an interrupt too, nothing may be left behind
+            failure = _failed(state, SmrError(f"internal error while restoring {annotations.restore}: {error!r}"))
+            if isinstance(error, Exception):
+                return failure
+            raise
         if then_exit:
             guard.exit(0)
     return None
 
 
+def _begin(config: Config, record: Record) -> ContainerState:
+    """Begin, also where a container of this id was killed or went past us, and its record is all that is left."""
+    known = find(config.run, record.root, record.id)
+    if known is not None:
+        from smr.shim.sweep import drop_if_gone
+
+        drop_if_gone(known, [])
+    return begin(config.run, record)
+
+
 def _failed(state: ContainerState, error: SmrError) -> SmrError:
-    for problem in undo(state):
-        print(f"smr: warning: {problem}", file=sys.stderr)  # noqa: T201
-    state.remove()
-    return error
+    from smr.shim.undo import undo
+
+    """Take back what was done. Raises when that cannot be: what is left must not start cold on a half-restored root."""
+    problems = undo(state)
+    if not problems:
+        state.remove()
+        return error
+    state.record.status, state.record.reason, state.record.reason_code = Status.FAILED, str(error), error.code.value
+    with contextlib.suppress(OSError):
+        state.save()
+    raise SmrError(
+        f"{error.message}; it cannot start cold either: {'; '.join(problems)}",
+        hint="'smr gc' tries again to clean up",
+        code=error.code,
+        container=state.record.id,
+    )
 
 
 def _guard_undo(path: Path, config: Config) -> None:
     """In the guard, after the process in charge was killed. It re-reads the record: its own copy is from the beginning."""
     from smr.shim.state import load_path
+    from smr.shim.undo import undo
 
     state = load_path(path)
     if state is None:
         return
     with state.locked():
         problems = undo(state)
-        state.remove()
+        if not problems:
+            state.remove()
     reason = f"process {state.record.owner_pid} was killed"
     log.canonical_line(config.log, "restore_killed", container=state.record.id, reason=reason, problems=problems)
 
 
-def start_cold(call: RuntimeCall, config: Config, annotations: Annotations, error: SmrError) -> ContainerState:
+def start_cold(call: RuntimeCall, config: Config, annotations: Annotations, error: SmrError) -> None:
     """Record why a container starts cold where its user looks: its log, its annotations, `smr ps`, our log."""
     message = f"smr: started cold, {annotations.restore} was not restored: {error}"
     log.runtime_message(call.log, call.log_format, "warning", message)
@@ -176,10 +206,8 @@ def start_cold(call: RuntimeCall, config: Config, annotations: Annotations, erro
     path = call.bundle / "config.json"
     document = {**spec.document, "annotations": {**spec.annotations, **status}}
     write_atomic(path, json.dumps(document).encode(), mode=path.stat().st_mode & 0o777, durable=False)
-    state = begin(config.run, _cold_record(call, annotations, error))
-    state.save()
+    _begin(config, _cold_record(call, config, annotations, error))
     log.canonical_line(config.log, "started_cold", container=call.id, image=annotations.restore, **_reason(error))
-    return state
 
 
 def report_failure(call: RuntimeCall, config: Config, annotations: Annotations, error: SmrError) -> None:
@@ -187,12 +215,13 @@ def report_failure(call: RuntimeCall, config: Config, annotations: Annotations, 
     log.canonical_line(config.log, "restore_failed", container=call.id, image=annotations.restore, **_reason(error))
 
 
-def _cold_record(call: RuntimeCall, annotations: Annotations, error: SmrError) -> Record:
+def _cold_record(call: RuntimeCall, config: Config, annotations: Annotations, error: SmrError) -> Record:
     return Record(
         id=call.id,
         root=call.root,
         bundle=str(call.bundle),
         image=annotations.restore,
+        runtime=real_runtime(config),
         status=Status.COLD,
         reason=str(error),
         reason_code=error.code.value,
@@ -205,22 +234,40 @@ def _reason(error: SmrError) -> dict[str, str]:
 
 def start(call: RuntimeCall, config: Config) -> int:
     """Let a restored tree run."""
+    from smr.shim.resume import report, resume
+
     state = find(config.run, call.root, call.id)
-    if state is None or state.record.status is not Status.CREATED:
+    if state is None:
         exec_real(call, config)
     with state.locked():
+        if _is_another(call, config, state):
+            state.remove()
+            exec_real(call, config)
+        if state.record.status is not Status.CREATED:
+            exec_real(call, config)
         resume(state)
     report(state, config)
     return 0
+
+
+def _is_another(call: RuntimeCall, config: Config, state: ContainerState) -> bool:
+    """Whether the runtime's container is not the record's, but one of the same id after a delete that went past us."""
+    if state.task_alive():
+        return False
+    found = subprocess.run([real_runtime(config), *call.global_args, "state", call.id], capture_output=True, check=False)
+    with contextlib.suppress(ValueError):
+        return as_object(json.loads(found.stdout), "state").get("pid") not in {0, None, state.record.pid}
+    return False
 
 
 def show_state(call: RuntimeCall, config: Config) -> int:
     """The real runtime calls a restored tree running; until start it is created."""
     result = subprocess.run([real_runtime(config), *call.argv], stdout=subprocess.PIPE, check=False)
     output = result.stdout
-    with contextlib.suppress(ValueError):
-        document = json.loads(output)
-        if document.get("status") == "running":
+    state = find(config.run, call.root, call.id)
+    with contextlib.suppress(ValueError, SmrError):
+        document = as_object(json.loads(output), "state")
+        if document.get("status") == "running" and state is not None and document.get("pid") == state.record.pid:
             output = json.dumps({**document, "status": "created"}, indent=2).encode()
     sys.stdout.buffer.write(output)
     sys.stdout.flush()
@@ -230,7 +277,8 @@ def show_state(call: RuntimeCall, config: Config) -> int:
 def kill(call: RuntimeCall, config: Config) -> int:
     """A created container has run nothing that could handle a signal: one that asks it to end, ends it."""
     asked = call.rest[0] if call.rest else "TERM"
-    if asked.upper() not in _FATAL:
+    state = find(config.run, call.root, call.id)
+    if asked.upper() not in _FATAL or state is None or not state.task_alive():
         exec_real(call, config)
     options = [f"--{name}" for name, _ in call.options]
     words = [*call.global_args, "kill", *options, call.id, "KILL"]
@@ -239,16 +287,17 @@ def kill(call: RuntimeCall, config: Config) -> int:
 
 def delete(call: RuntimeCall, config: Config) -> int:
     """Delete, and drop what SMR keeps; a create that was killed is undone first."""
+    from smr.shim.sweep import is_gone
+
     state = find(config.run, call.root, call.id)
     if state is None:
         exec_real(call, config)
     with state.locked():
-        broken = state.record.status is Status.RESTORING
-        if broken:
-            for problem in undo(state):
-                print(f"smr: warning: {problem}", file=sys.stderr)  # noqa: T201
+        problems = undo(state) if state.record.status in _UNFINISHED else []
+        for problem in problems:
+            print(f"smr: warning: {problem}", file=sys.stderr)  # noqa: T201
         status = subprocess.run([real_runtime(config), *call.argv], check=False).returncode
-        if status == 0 or broken:
+        if not problems and (status == 0 or is_gone(state)):
             state.remove()
     return status
 
@@ -284,7 +333,7 @@ def run_container(call: RuntimeCall, config: Config) -> int:
 
 def _wait(call: RuntimeCall, config: Config, pid: int) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, lambda received, _: os.kill(pid, received))
+        signal.signal(number, lambda received, _: _forward(pid, received))
     _, status = os.waitpid(pid, 0)
     real = [real_runtime(config), *call.global_args, "delete", "--force", call.id]
     subprocess.run(real, check=False)
@@ -292,6 +341,11 @@ def _wait(call: RuntimeCall, config: Config, pid: int) -> int:
         state.remove()
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
+
+
+def _forward(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def _become_subreaper() -> None:

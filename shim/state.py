@@ -6,16 +6,18 @@
         work/                   CRIU's log and configuration
         undo/                   what the root filesystem was before the checkpoint's layer was applied
         lock                    flock: held by whoever works on this container
+    RUN/containers/ROOT/ID~PID  being made or being removed by process PID: the directory above comes and goes by a rename
 
     STORE/restores/NAME/        CRIU's image directory of this restore, with hard links to blobs; gone after start
 
-Every step is recorded before it is taken, so that `undo` in `smr.shim.restore` can take back whatever a killed process had
+Every step is recorded before it is taken, so that `smr.shim.undo` can take back whatever a killed process had
 done. The directory belongs to the runtime process that made it, then to `start` and `delete`. Standard library only.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -28,11 +30,19 @@ from enum import StrEnum
 from pathlib import Path
 
 from smr.proto.errors import Code, SmrError
+from smr.proto.oci import as_list
+from smr.shim import procs
 from smr.shim.files import write_atomic
+
+VERSION = 1
+_HALF = "~"  # no character of a container's id
 
 
 class Status(StrEnum):
-    """Where a container stands. RESTORING ends in CREATED or COLD; CREATED becomes RESTORED at start."""
+    """Where a container stands. RESTORING ends in CREATED or COLD; CREATED becomes RESTORED at start.
+
+    FAILED is a restore that failed and could not be taken back whole: it may not start cold, and is to be undone again.
+    """
 
     RESTORING = "restoring"
     CREATED = "created"
@@ -52,12 +62,16 @@ class Stage:
 
 @dataclass(slots=True, kw_only=True)
 class Record:
-    """What is known of one annotated container. `undo_*` members say what must be taken back if create fails."""
+    """What is known of one annotated container. `undo_*` members say what must be taken back if create fails.
+
+    A process is its pid and the time it began (`procs.started`): `owner` restores, `pid` is the container's first.
+    """
 
     id: str
     root: str
     bundle: str
     image: str
+    version: int = VERSION
     status: Status = Status.RESTORING
     digest: str = ""
     rootfs: str = ""
@@ -65,7 +79,9 @@ class Record:
     store: str = ""
     cgroups_path: str = ""
     owner_pid: int = 0
+    owner_started: float = 0.0
     pid: int = 0
+    pid_started: float = 0.0
     reason: str = ""
     reason_code: str = ""
     started: str = ""
@@ -78,11 +94,17 @@ class Record:
     mounts_before: tuple[str, ...] = ()
     stopped_pids: tuple[int, ...] = ()
     undo_rootfs: bool = False
+    undo_tmpfs: tuple[str, ...] = ()
+    undo_tmpfs: tuple[str, ...] = ()
     undo_spec: bool = False
 
     def stages_s(self) -> dict[str, float]:
         """Length of each stage."""
         return {stage.name: round(stage.end_s - stage.start_s, 6) for stage in self.stages}
+
+
+class GoneError(SmrError):
+    """Another process has dropped the record meanwhile; whoever wanted the container goes to the real runtime."""
 
 
 class ContainerState:
@@ -136,18 +158,41 @@ class ContainerState:
         self.record.stages.append(Stage(name=name, start_s=round(start - zero, 6), end_s=round(end - zero, 6)))
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Exclude every other process that works on this container."""
-        fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    def locked(self, *, wait: bool = True) -> Iterator[None]:
+        """Exclude every other process that works on this container, and read the record again.
+
+        Raises GoneError when another has dropped it meanwhile, CONTAINER_STATE when another works on it and not `wait`.
+        """
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            fd = os.open(self.path / "lock", os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise self._gone() from None
+        try:
+            self._flock(fd, wait)
+            found = load_path(self.path) if self._has(fd) else None
+            if found is None:
+                raise self._gone()
+            self.record = found.record
             yield
         finally:
             os.close(fd)
 
+    def owner_alive(self) -> bool:
+        """Whether the process that began the record exists: the create, also after it became the real runtime."""
+        return procs.same(self.record.owner_pid, self.record.owner_started)
+
+    def task_alive(self) -> bool:
+        """Whether the restored container's first process exists."""
+        return procs.same(self.record.pid, self.record.pid_started)
+
     def remove(self) -> None:
-        """Drop the directory, and the runtime root's when it was the last."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Drop the directory and CRIU's, and the runtime root's when it was the last."""
+        if self.record.store:
+            shutil.rmtree(self.criu_dir, ignore_errors=True)
+        doomed = _half(self.path)
+        with contextlib.suppress(OSError):
+            self.path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
         for parent in self.path.parents:
             if parent.name == "containers":
                 break
@@ -155,6 +200,20 @@ class ContainerState:
                 parent.rmdir()
             except OSError:
                 break
+
+    def _flock(self, fd: int, wait: bool) -> None:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SmrError(f"another process works on container {self.record.id}", code=Code.CONTAINER_STATE) from error
+
+    def _has(self, fd: int) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(fd), (self.path / "lock").stat())
+        return False
+
+    def _gone(self) -> GoneError:
+        return GoneError(f"container {self.record.id} was deleted meanwhile", code=Code.CONTAINER_NOT_FOUND)
 
 
 def state_path(run: Path, root: str, container_id: str) -> Path:
@@ -165,49 +224,90 @@ def state_path(run: Path, root: str, container_id: str) -> Path:
 def begin(run: Path, record: Record) -> ContainerState:
     """Make the directory of a container that is about to be restored. CONTAINER_STATE when there is one already."""
     path = state_path(run, record.root, record.id)
-    try:
-        path.mkdir(parents=True, mode=0o700)
-    except FileExistsError as error:
-        raise SmrError(
-            f"container {record.id} is already known to SMR under {path}",
-            hint=f"delete it with the engine, or 'smr gc' if the engine has forgotten it (state {path})",
-            code=Code.CONTAINER_STATE,
-            container=record.id,
-        ) from error
-    now = time.monotonic()
     record.started = datetime.now(UTC).isoformat(timespec="milliseconds")
-    record.started_monotonic = now
+    record.started_monotonic = time.monotonic()
     # One clock tick earlier: /proc counts starts of processes in ticks.
     record.started_boottime = time.clock_gettime(time.CLOCK_BOOTTIME) - 0.01
     record.owner_pid = os.getpid()
-    state = ContainerState(path, record)
-    state.save()
-    return state
+    record.owner_started = procs.started(os.getpid())
+    _publish(path, record)
+    return ContainerState(path, record)
+
+
+def _publish(path: Path, record: Record) -> None:
+    """Whole or not at all, by a rename. Another container's end may take the parent away in between: then once more."""
+    half = _half(path)
+    shutil.rmtree(half, ignore_errors=True)
+    while True:
+        try:
+            half.mkdir(parents=True, mode=0o700)
+            (half / "lock").touch(mode=0o600)
+            ContainerState(half, record).save()
+            half.rename(path)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            shutil.rmtree(half, ignore_errors=True)
+            if not path.exists():
+                raise SmrError(
+                    f"cannot keep the state of container {record.id} in {path}: {error.strerror}",
+                    hint="SMR_RUN names the state directory; the default is /run/smr",
+                    code=Code.DISK_FULL if error.errno in {errno.ENOSPC, errno.EDQUOT} else Code.PERMISSION,
+                    container=record.id,
+                ) from error
+            raise SmrError(
+                f"container {record.id} is already known to SMR under {path}",
+                hint=f"delete it with the engine, or 'smr gc' if the engine has forgotten it (state {path})",
+                code=Code.CONTAINER_STATE,
+                container=record.id,
+            ) from error
+        return
+
+
+def _half(path: Path) -> Path:
+    return path.with_name(f"{path.name}{_HALF}{os.getpid()}")
 
 
 def find(run: Path, root: str, container_id: str) -> ContainerState | None:
     """The state of a container, or None when it is not ours."""
-    path = state_path(run, root, container_id)
-    return load_path(path) if container_id and path.is_dir() else None
+    return load_path(state_path(run, root, container_id)) if container_id else None
 
 
 def all_states(run: Path) -> list[ContainerState]:
     """Every container SMR knows on this node, oldest first."""
-    found = [state for file in (run / "containers").glob("**/state.json") if (state := load_path(file.parent))]
+    files = (file for file in (run / "containers").glob("**/state.json") if _HALF not in file.parent.name)
+    found = [state for file in files if (state := load_path(file.parent))]
     return sorted(found, key=lambda state: state.record.started)
 
 
+def drop_half_made(run: Path) -> None:
+    """Directories of processes that were killed while they made or removed one."""
+    for path in (run / "containers").glob(f"**/*{_HALF}*/"):
+        maker = path.name.rpartition(_HALF)[2]
+        if maker.isdigit() and not procs.alive(int(maker)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def load_path(path: Path) -> ContainerState | None:
+    """The state kept in `path`; None when there is none.
+
+    A record that cannot be read (of a newer version) counts as a cold container: nobody undoes what nobody understands.
+    """
     try:
-        document = json.loads((path / "state.json").read_bytes())
-    except FileNotFoundError:
-        # Killed between mkdir and the first save: nothing was done yet.
-        return ContainerState(path, Record(id=path.name, root="", bundle="", image=""))
+        return ContainerState(path, _parse(json.loads((path / "state.json").read_bytes())))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        reason = f"the record {path / 'state.json'} cannot be read: {error!r}"
+        return ContainerState(path, Record(id=path.name, root="", bundle="", image="", status=Status.COLD, reason=reason))
+
+
+def _parse(document: Mapping[str, object]) -> Record:
+    if document["version"] != VERSION:
+        raise ValueError(f"version {document['version']}, needed {VERSION}")
     names = {f.name for f in fields(Record)}
-    values = {key: value for key, value in document.items() if key in names}
-    values["status"] = Status(values["status"])
-    values["stages"] = [Stage(**stage) for stage in values["stages"]]
-    values["criu_options"] = tuple(values["criu_options"])
-    values["mounts_before"] = tuple(values["mounts_before"])
-    values["stopped_pids"] = tuple(values["stopped_pids"])
-    return ContainerState(path, Record(**values))
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in document.items() if key in names}
+    values["status"] = Status(str(values["status"]))
+    values["stages"] = [Stage(**stage) for stage in as_list(document["stages"], "stages") if isinstance(stage, dict)]
+    values["warnings"] = [str(warning) for warning in as_list(document["warnings"], "warnings")]
+    return Record(**values)  # type: ignore[arg-type]  # our own JSON; TypeError makes it unreadable

@@ -1,6 +1,6 @@
 """Takes back what a create has done, from the record alone: by the process in charge, by its guard, or by a later call.
 
-The order is the reverse of a restore: processes, the runtime's own state, mounts, cgroups, root filesystem, spec, record.
+The order is the reverse of a restore: processes, the runtime's own state, mounts, cgroups, files, spec, CRIU's directory.
 Each step is safe to repeat. A step that fails warns and never hides the first error (the caller's).
 """
 
@@ -31,6 +31,8 @@ def undo(state: ContainerState) -> list[str]:
         ("mounts", _unmount),
         ("cgroups", _remove_cgroups),
         ("root filesystem", _undo_rootfs),
+        ("shared memory", _undo_tmpfs),
+        ("tmpfs", _undo_tmpfs),
         ("spec", _undo_spec),
         ("images", _drop_images),
     )
@@ -112,6 +114,23 @@ def _undo_rootfs(state: ContainerState) -> None:
     state.save()
 
 
+def _undo_tmpfs(state: ContainerState) -> None:
+    """They were empty before, or the restore had not touched them."""
+    for folder in state.record.undo_tmpfs:
+        for entry in Path(folder).iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+
+
+def _undo_tmpfs(state: ContainerState) -> None:
+    """They were empty: a restore refuses others."""
+    for folder in state.record.undo_tmpfs:
+        for entry in os.scandir(folder):
+            shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else Path(entry.path).unlink()
+
+
 def _undo_spec(state: ContainerState) -> None:
     if state.record.undo_spec and state.spec_backup.exists():
         shutil.copyfile(state.spec_backup, Path(state.record.bundle) / "config.json")
@@ -120,8 +139,7 @@ def _undo_spec(state: ContainerState) -> None:
 def _drop_images(state: ContainerState) -> None:
     if state.record.store:
         shutil.rmtree(state.criu_dir, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        state.created_marker.unlink()
+    state.created_marker.unlink(missing_ok=True)
 
 
 def unmount(path: Path) -> None:

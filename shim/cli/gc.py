@@ -19,6 +19,17 @@ def gc(as_json: bool) -> None:
     swept = sweep(config)
     collected = Store(config.store).gc()
     if as_json:
-        print_json({"containers": swept, "blobs": collected.blobs, "bytes": collected.size_bytes})
+        print_json(
+            {
+                "containers": swept.containers,
+                "restores": swept.restores,
+                "problems": swept.problems,
+                "blobs": collected.blobs,
+                "bytes": collected.size_bytes,
+            }
+        )
         return
-    click.echo(f"{len(swept)} containers, {collected.blobs} blobs ({size(collected.size_bytes)})")
+    for problem in swept.problems:
+        click.echo(f"smr: warning: {problem}", err=True)
+    restores = f"{swept.restores} restore directories, " if swept.restores else ""
+    click.echo(f"{len(swept.containers)} containers, {restores}{collected.blobs} blobs ({size(collected.size_bytes)})")
