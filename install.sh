@@ -127,20 +127,25 @@ quietly() { # COMMAND...: output only when it fails; a signal ends it at once
 }
 
 register() { # VERB ARGUMENT...: smr.shim.register from the source, or as installed when the source is not there
-    if [ -d "$SOURCE" ] && [ ! -d "$TMP/path" ]; then
-        mkdir -p "$TMP/path/smr"
-        for part in proto images shim hooks; do ln -s "$SOURCE/$part" "$TMP/path/smr/$part"; done
-    fi
-    path=$SOURCE
-    [ ! -d "$SOURCE" ] || path=$TMP/path
     if [ -e "$SOURCE" ] && [ -n "$PYTHON" ]; then
-        PYTHONPATH=$path PYTHONDONTWRITEBYTECODE=1 PYTHONSAFEPATH=1 "$PYTHON" -s -m smr.shim.register "$@"
+        unpacked_source
+        PYTHONPATH=$TMP/path PYTHONDONTWRITEBYTECODE=1 PYTHONSAFEPATH=1 "$PYTHON" -s -m smr.shim.register "$@"
     else
         "$PREFIX/venv/bin/python" -I -B -m smr.shim.register "$@"
     fi
 }
 
-find_python() {
+unpacked_source() { # in TMP/path, as Python imports it
+    [ ! -d "$TMP/path" ] || return 0
+    mkdir -p "$TMP/path/smr"
+    if [ -d "$SOURCE" ]; then
+        for part in proto images shim hooks; do ln -s "$SOURCE/$part" "$TMP/path/smr/$part"; done
+    else
+        "$PYTHON" -I -m zipfile -e "$SOURCE" "$TMP/path"
+    fi
+}
+
+find_python() { # needed|if-there: sets PYTHON
     # shellcheck disable=SC2086
     for name in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
         found=$("$name" -I -c 'import sys, ensurepip, venv; assert (3, 11) <= sys.version_info < (3, 14); print(sys.executable)' 2>/dev/null) || continue
@@ -186,8 +191,8 @@ find_runtime() {
         done
     fi
     [ -n "$runtime" ] || fail "no OCI runtime found: apt-get install runc, or give --runtime PATH"
-    version=$("$runtime" --version 2>/dev/null | head -n 1) || fail "$runtime --version fails: not an OCI runtime"
-    say "OCI runtime: $runtime ($version)"
+    "$runtime" --version >"$TMP/version" 2>&1 || fail "$runtime --version fails: not an OCI runtime"
+    say "OCI runtime: $runtime ($(head -n 1 "$TMP/version"))"
 }
 
 check_criu() { # PROGRAM
@@ -331,8 +336,8 @@ install_all() {
     find_engines
     find_runtime
     begin
-    provide_package
     provide_criu
+    provide_package
     mkdir "$TMP/stage"
     plan plan >"$TMP/plan" || fail "nothing was registered"
     containerd_before=$(engine_files containerd) crio_before=$(engine_files crio)
@@ -358,7 +363,8 @@ uninstall() {
     settle_options
     pids=$(in_use)
     [ -z "$pids" ] || [ -n "$force" ] || fail "containers run that need SMR (processes$pids): stop them first, or give --force"
-    if [ -f "$STATE/manifest" ] || [ -f "$STATE/journal" ]; then
+    recover
+    if [ -f "$STATE/manifest" ]; then
         find_python if-there
         begin
         : >"$TMP/manifest"

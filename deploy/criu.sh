@@ -22,9 +22,9 @@ new_enough() { # VERSION: 4.1 or newer
     esac
 }
 
-archives() { # addresses of the archives that the machine's apt reads, those of the main suites first
+archives() { # addresses of the archives in the machine's apt sources, those of main suites first; needs no lists
     # shellcheck disable=SC2016
-    apt-get indextargets --format '$(REPO_URI) $(RELEASE) $(COMPONENT)' 'Created-By: Packages' |
+    apt-get --no-release-info indextargets --format '$(REPO_URI) $(RELEASE) $(COMPONENT)' 'Created-By: Packages' |
         awk '$3 == "main" && !seen[$1]++ { if ($2 ~ /-|\//) last = last $1 "\n"; else print $1 } END { printf "%s", last }'
 }
 

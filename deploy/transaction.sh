@@ -46,8 +46,7 @@ declared() { grep -qxF "$1" "$TMP/manifest"; }
 want_line() { printf '%s\n' "$1" >>"$TMP/manifest"; }
 journal() { printf '%s\n' "$1" >>"$STATE/journal"; }
 
-begin() {
-    : >"$TMP/manifest"
+recover() { # undo what a run that was killed outright left
     if [ -f "$STATE/journal" ] && [ -n "$DRY" ]; then
         say "an earlier run was killed: a run would first undo it"
     elif [ -f "$STATE/journal" ]; then
@@ -55,6 +54,11 @@ begin() {
         say "an earlier run was killed: undoing it"
         undo
     fi
+}
+
+begin() {
+    : >"$TMP/manifest"
+    recover
     made='' dir=$PREFIX
     while [ ! -d "$dir" ]; do made="$dir $made" dir=$(dirname "$dir"); done
     [ -n "$DRY" ] || open_state
