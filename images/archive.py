@@ -14,6 +14,7 @@ from smr.images.archive_oci import add_oci, is_oci_layout
 from smr.images.archive_podman import add_podman, is_podman_shape
 from smr.images.archive_stage import stage
 from smr.images.image import Image
+from smr.images.reference import parse_name
 from smr.images.store import Store
 from smr.proto.errors import Code, SmrError
 
@@ -28,9 +29,10 @@ class Format(StrEnum):
 def import_archive(path: Path, store: Store, name: str, *, replace: bool = True) -> Image:
     """Make the image NAME[:TAG] of the checkpoint archive `path`.
 
-    Raises USAGE (no such file), ARCHIVE_UNSAFE, ARCHIVE_INVALID, UNSUPPORTED (no checkpoint, incremental, zstd without a reader),
-    DISK_FULL, IMAGE_EXISTS. After any of them the store is as it was.
+    Raises ANNOTATION_INVALID (the name), USAGE (no such file), ARCHIVE_UNSAFE, ARCHIVE_INVALID, UNSUPPORTED (no checkpoint,
+    incremental, zstd without a reader), DISK_FULL, IMAGE_EXISTS. After any of them the store is as it was.
     """
+    parse_name(name)  # a wrong name is said before gigabytes are read
     _check_file(path)
     with store.ingest() as ingest:
         staged = ingest.path / "archive"

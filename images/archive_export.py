@@ -85,8 +85,11 @@ def _documents(image: Image, writer: TarWriter, kept: dict[str, Layer]) -> None:
 
 
 def _checkpoint(image: Image, writer: TarWriter) -> Iterator[str]:
-    """CRIU's files. podman restores without --tcp-close, which CRIU refuses for a dump that had it: where no connection was
-    open the inventory can say that it had not."""
+    """CRIU's files.
+
+    podman restores without --tcp-close, which CRIU refuses for a dump that had it: where no connection was open the inventory
+    can say that it had not.
+    """
     from smr.images.criu_files import dumped_with_tcp_close, has_connections, without_tcp_close
 
     small = {name: data for layer in image.layers_of(LayerType.CRIU) for name, data in _small(layer, _INVENTORY, _FILES)}
@@ -130,11 +133,18 @@ def _rootfs(image: Image, writer: TarWriter, scratch: Path) -> Iterator[str]:
     finally:
         os.close(fd)
     # podman deletes after it has unpacked: what was removed and made again must not be on that list
-    deleted = [path for path in deleted if not any(name == path or name.startswith(path + "/") for name in written)]
+    present = {parent for name in written for parent in _with_parents(name)}
+    deleted = [path for path in deleted if path not in present]
     if written:
         _file(writer, ROOTFS, scratch / ROOTFS)
     if deleted:
         _document(writer, DELETED, deleted)
+
+
+def _with_parents(name: str) -> Iterator[str]:
+    while name:
+        yield name
+        name = name.rpartition("/")[0]
 
 
 def _changes(reader: TarReader, changes: TarWriter, deleted: list[str], written: set[str]) -> Iterator[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from smr.images.image import Image, Layer
 from smr.proto.checkpoint import Source
@@ -38,21 +38,20 @@ def config_dump(image: Image, spec: Json, inspect: Layer | None) -> Json:
     """A container's config for `image`. UNSUPPORTED when nothing says what its root was."""
     source = image.config.source
     process = as_object(spec.get("process"), "process")
-    networked = bool(image.config.addresses)
+    known = _inspected(inspect)
     return {
         "id": source.container_id if re.fullmatch(r"[0-9a-f]{64}", source.container_id) else image.digest.removeprefix("sha256:"),
         "name": _name(image),
         "lockID": 0,
         "idMappingsOptions": {"HostUIDMapping": True, "HostGIDMapping": True},
-        **_root(source, _image_id(source, inspect)),
+        **_root(source, _image_id(source, known)),
         "shmSize": _SHM_BYTES,
         "staticDir": "",
         "createWorkingDir": True,
         "secretsPath": "",
         "storageOpts": None,
         "privileged": False,
-        "createNetNS": networked,
-        **({"newNetworks": {"podman": {}}, "networkMode": "bridge"} if networked else {}),
+        **_network(image, known),
         "command": list(as_list(process.get("args"), "process.args")),
         "stopSignal": _SIGTERM,
         "stopTimeout": 10,
@@ -99,16 +98,47 @@ def _root(source: Source, image_id: str) -> Json:
     )
 
 
-def _image_id(source: Source, inspect: Layer | None) -> str:
+def _inspected(layer: Layer | None) -> Json:
+    """What `podman inspect` said of the source; {} where it was no podman's."""
+    try:
+        return {} if layer is None else as_object(json.loads(layer.path.read_bytes()), "inspect.json")
+    except (ValueError, SmrError):
+        return {}
+
+
+def _image_id(source: Source, known: Json) -> str:
     """podman's id of the image: what it said itself, else the image's name, which podman resolves as well."""
-    if inspect is not None:
-        try:
-            found = as_object(json.loads(inspect.path.read_bytes()), "inspect.json").get("Image")
-        except (ValueError, SmrError):
-            found = None
-        if isinstance(found, str) and found:
-            return found.removeprefix("sha256:")
+    if found := str(known.get("Image") or ""):
+        return found.removeprefix("sha256:")
     return source.image_digest.removeprefix("sha256:") if source.engine == "podman" else source.image
+
+
+def _network(image: Image, known: Json) -> Json:
+    """The networks and published ports that the source had; podman's default network for a container that had an address."""
+    if not image.config.addresses:
+        return {"createNetNS": False}
+    networks = as_object(as_object(known.get("NetworkSettings"), "NetworkSettings").get("Networks"), "Networks")
+    bindings = as_object(as_object(known.get("HostConfig"), "HostConfig").get("PortBindings"), "PortBindings")
+    return {
+        "createNetNS": True,
+        "networkMode": "bridge",
+        "newNetworks": {name: {} for name in networks} or {"podman": {}},
+        "newPortMappings": [
+            mapping
+            for key, hosts in bindings.items()
+            for host in as_list(hosts, key)
+            for mapping in _ports(key, as_object(host, key))
+        ],
+    }
+
+
+def _ports(key: str, host: Json) -> Iterator[Json]:
+    """A port mapping of `podman inspect`, "8000/tcp": [{"HostIp": "", "HostPort": "18000"}], as config.dump has it."""
+    port, _, protocol = key.partition("/")
+    on_host = str(host.get("HostPort") or "0")
+    if port.isdigit() and on_host.isdigit():
+        numbers = {"container_port": int(port), "host_port": int(on_host), "range": 1}
+        yield {"host_ip": str(host.get("HostIp") or ""), "protocol": protocol or "tcp", **numbers}
 
 
 def _name(image: Image) -> str:

@@ -294,6 +294,30 @@ def test_an_export_of_another_engines_image_has_a_config_for_podman(store: Store
     assert spec["linux"]["namespaces"] == [{"type": "pid"}, {"type": "network"}]
 
 
+def test_networks_and_ports_of_a_podman_container_go_out(store: Store, tmp_path: Path) -> None:
+    """An image of `smr checkpoint` has podman's inspect document: its networks and ports go out with it."""
+    inspect = {
+        "Image": "e" * 64,
+        "NetworkSettings": {"Networks": {"lan": {}}},
+        "HostConfig": {"PortBindings": {"8000/tcp": [{"HostIp": "127.0.0.1", "HostPort": "18000"}], "bad": [{"HostPort": "x"}]}},
+    }
+    first = imported(store, *podman_items(extra=[file("network.status", json.dumps(NETWORK).encode())]))
+    with store.ingest() as ingest:
+        for layer in first.layers:
+            if layer.kind is not LayerType.ENGINE:
+                shutil.copy(layer.path, ingest.path / "layer")
+                ingest.add(ingest.path / "layer", layer.kind, title=layer.title)
+        (ingest.path / "inspect.json").write_text(json.dumps(inspect))
+        ingest.add(ingest.path / "inspect.json", LayerType.ENGINE, title="inspect.json")
+        image = ingest.commit("own:1", first.config)
+    export_archive(image, tmp_path / "out.tar")
+    with tarfile.open(tmp_path / "out.tar") as tar:
+        made = json.load(tar.extractfile("config.dump"))  # type: ignore[arg-type]
+    assert (made["rootfsImageID"], made["newNetworks"], made["createNetNS"]) == ("e" * 64, {"lan": {}}, True)
+    port = {"host_ip": "127.0.0.1", "protocol": "tcp", "container_port": 8000, "host_port": 18000, "range": 1}
+    assert made["newPortMappings"] == [port]
+
+
 def test_our_runtimes_name_does_not_go_out(store: Store, tmp_path: Path) -> None:
     """A container that ran on smr-runtime asks for the real runtime in its export, which every podman knows."""
     image = imported(store, *podman_items(PODMAN_CONFIG | {"runtime": "smr"}))
