@@ -10,12 +10,12 @@ stdout belongs to the protocol.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from smr.proto.errors import SmrError
 from smr.proto.oci import as_object
 from smr.shim import config as settings
 from smr.shim.config import Config
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
     try:
         stages[arguments[0]](as_object(json.loads(text), "standard input"), settings.load())
-    except (SmrError, OSError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001  # the outermost edge: no reason of ours may fail a container
         print(f"smr-hook {arguments[0]}: {error}", file=sys.stderr)  # noqa: T201
     return 0
 
@@ -69,12 +69,19 @@ def create_runtime(state: _Document, config: Config) -> None:
 
 
 def poststop(state: _Document, config: Config) -> None:
-    """Drop the record of a container that ended, unless `delete` of the runtime did it already."""
-    from smr.shim.state import all_states
+    """Drop the record of a container that was deleted past smr-runtime.
+
+    Where `delete`, or the undo of a create, runs the real runtime's delete and so this hook, it holds the record's lock and
+    needs the record still: then there is nothing to do here, and waiting would be for ever.
+    """
+    from smr.proto.errors import SmrError
+    from smr.shim.state import Status, all_states
 
     for known in all_states(config.run):
         if known.record.id == state.get("id") and known.record.bundle == state.get("bundle"):
-            known.remove()
+            with contextlib.suppress(SmrError), known.locked(wait=False):
+                if known.record.status not in {Status.RESTORING, Status.FAILED}:
+                    known.remove()
 
 
 if __name__ == "__main__":

@@ -40,7 +40,10 @@ def runtime_failure(log: Path | None, log_format: str, error: SmrError) -> None:
 
 
 def canonical_line(log: Path, event: str, **values: object) -> None:
-    """Append one event to SMR's log as JSON. A log that cannot be written must not fail a container."""
+    """Append one event to SMR's log as JSON. A log that cannot be written must not fail a container.
+
+    The lines of several processes do not mix: each is one write to a file opened for appending.
+    """
     import structlog
 
     try:
