@@ -440,3 +440,62 @@ def test_the_mirror_comes_from_both_forms_of_apt_sources(tmp_path: Path) -> None
     script = f'HERE={REPOSITORY} TMP={tmp_path}; . "$HERE/deploy/criu.sh"; archives'
     found = run(["sh", "-c", script], env={**os.environ, "APT_CONFIG": str(conf)}).stdout.split()
     assert found == ["http://two.example/debian/", "http://three.example/debian/", "http://one.example/security/"]
+
+
+def altered_lock(tmp_path: Path, line: str) -> list[object]:
+    """install.sh --criu-only with another line for libnet1 in the lock."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    shutil.copy(REPOSITORY / "install.sh", copy)
+    shutil.copytree(REPOSITORY / "deploy", copy / "deploy")
+    lock = copy / "deploy/criu.lock"
+    lock.write_text("".join(line if each.startswith("libnet1 ") else each for each in lock.read_text().splitlines(keepends=True)))
+    return [copy / "install.sh", "--criu-only", "--prefix", tmp_path / "smr"]
+
+
+@pytest.mark.slow
+def test_a_pinned_package_that_is_gone_is_replaced_with_a_warning(tmp_path: Path, engines: Path) -> None:
+    """A point release of the suite must not stop installations: apt's signature still holds."""
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        pytest.skip("needs root and apt")
+    words = altered_lock(tmp_path, f"libnet1 0.0-0 amd64 {'0' * 64}\n")
+    done = run([*words, "--cache", engines.parent / "install-cache"], timeout_s=170)
+    assert "warning: libnet1 0.0-0 is no longer in Debian trixie" in done.stdout
+    assert "Version: 4.1" in run([tmp_path / "smr/criu/sbin/criu", "--version"]).stdout
+
+
+@pytest.mark.slow
+def test_a_package_whose_sum_is_not_the_pinned_one_is_refused(tmp_path: Path, engines: Path) -> None:
+    """Same version, other bytes: nothing is unpacked and nothing is left."""
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        pytest.skip("needs root and apt")
+    pinned = next(
+        each
+        for each in (REPOSITORY / "deploy/criu.lock").read_text().splitlines()
+        if each.startswith("libnet1 ") and "amd64" in each
+    )
+    words = altered_lock(tmp_path, f"{pinned.rsplit(' ', 1)[0]} {'0' * 64}\n")
+    cache = tmp_path / "cache"
+    shutil.copytree(engines.parent / "install-cache", cache, dirs_exist_ok=True)
+    done = run([*words, "--cache", cache], check=False, timeout_s=170)
+    assert done.returncode == 1
+    assert "its SHA-256 is not the one in" in done.stderr
+    assert not (tmp_path / "smr").exists()
+
+
+def test_uninstall_waits_for_containers_that_run_through_smr(node: Installation) -> None:
+    """Their monitors would find no runtime to stop them with; --force goes on."""
+    node("--engines", "none")
+    monitor = node.base / "conmon"
+    monitor.write_text("#!/bin/sh\nread line\n")
+    monitor.chmod(0o755)
+    with subprocess.Popen([monitor, node.prefix / "bin/smr-runtime"], stdin=subprocess.PIPE) as process:
+        eventually(lambda: (Path("/proc") / str(process.pid) / "comm").read_text() == "conmon\n")
+        before = node.tree()
+        done = node("--uninstall", check=False)
+        assert done.returncode == 1
+        assert f"containers run that need SMR (processes {process.pid})" in done.stderr
+        assert node.tree() == before
+        node("--uninstall", "--force")
+        process.communicate(b"\n")
+    node.assert_untouched()

@@ -1,0 +1,1 @@
+"""Tests against real engines, runtimes and CRIU. `dev/provision` brings them; what is missing is skipped with the reason."""
