@@ -74,7 +74,7 @@ _HINTS = (
     ("No space left on device", "free space on the store's file system"),
     ("io_uring", "io_uring cannot be checkpointed: turn it off in the application (UV_USE_IO_URING=0 for Node.js and uvloop)"),
     ("Can't lookup mount", "a file was opened outside the container's root: give it to the container as a volume"),
-    ("prlimit", "CRIU lacks the right to read limits of another user's process (CAP_SYS_RESOURCE)"),
+    ("Can't get rlimit", "CRIU lacks the right to read limits of another user's process (CAP_SYS_RESOURCE)"),
     ("handle_device_vma", "a process maps a device that CRIU cannot save: end it before the checkpoint"),
 )
 
