@@ -93,7 +93,7 @@ def _criu(config: Config) -> Iterator[Finding]:
 
 
 def _runtime(config: Config) -> Iterator[Finding]:
-    from smr.shim.runtime import real_runtime
+    from smr.shim.real_runtime import real_runtime
 
     try:
         path = real_runtime(config)

@@ -26,9 +26,7 @@ from smr.proto.oci import load_spec
 from smr.shim import config as settings
 from smr.shim.config import Config
 from smr.shim.containerd_options import RuncOptions, parse_start, read_bundle
-
-FOLDER = "smr-path"  # the sh part of smr-runtime passes over a folder of this name when it looks for the real runtime
-_RUNTIMES = ("runc", "crun")
+from smr.shim.real_runtime import FOLDER, NAMES, real_runtime
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,7 +57,8 @@ def prepare(arguments: Sequence[str], config: Config, bundle: Path) -> dict[str,
         note_bypass(arguments, config, bundle, options)
         start_prefetch(config, bundle)
     path = f"{folder}:{os.environ.get('PATH', os.defpath)}"
-    return {**os.environ, "PATH": path, "SMR_RUNTIME": _real_runtime(config, options)}
+    real = real_runtime(config, asked="crun" if options.binary_name == "crun" else "")
+    return {**os.environ, "PATH": path, "SMR_RUNTIME": real}
 
 
 def stdin_again() -> bytes:
@@ -82,7 +81,7 @@ def stdin_again() -> bytes:
 def note_bypass(arguments: Sequence[str], config: Config, bundle: Path, options: RuncOptions) -> None:
     """Say where a user looks that a BinaryName keeps us from restoring. Nothing of this may fail the container."""
     name = options.binary_name
-    if not name.startswith("/") or Path(name).name not in _RUNTIMES:
+    if not name.startswith("/") or Path(name).name not in NAMES:
         return
     with contextlib.suppress(SmrError, OSError):
         annotations = parse(load_spec(bundle).annotations)
@@ -117,22 +116,6 @@ def _namespace(arguments: Sequence[str], bundle: Path) -> str:
     return next((value for option, value in pairwise(arguments) if option == "-namespace"), bundle.parent.name)
 
 
-def _real_runtime(config: Config, options: RuncOptions) -> str:
-    """What the name in the options, or `runc`, would have been without us."""
-    path = os.pathsep.join(part for part in os.get_exec_path() if Path(part).name != FOLDER)
-    configured = _first_line(Path("/etc/smr/runtime"))
-    asked = "crun" if options.binary_name == "crun" else ""
-    names = [asked, os.environ.get("SMR_RUNTIME", ""), config.runtime, configured, *_RUNTIMES]
-    return next((found for name in names if name and (found := shutil.which(name, path=path))), "runc")
-
-
-def _first_line(file: Path) -> str:
-    try:
-        return next(iter(file.read_text().splitlines()), "")
-    except OSError:
-        return ""
-
-
 def make_path_folder(run: Path) -> Path:
     """The folder with `runc` and `crun` as links to smr-runtime, which lies beside this interpreter, else on PATH."""
     folder = run / FOLDER
@@ -140,7 +123,7 @@ def make_path_folder(run: Path) -> Path:
     target = Path(sys.executable).parent / "smr-runtime"
     if not target.exists():
         target = Path(shutil.which("smr-runtime") or target)
-    for name in _RUNTIMES:
+    for name in NAMES:
         link = folder / name
         if not link.is_symlink() or link.readlink() != target:
             temporary = folder / f".{name}.{os.getpid()}"

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-_GLOBAL_VALUES = frozenset({"root", "log", "log-format", "criu", "rootless", "cgroup-manager"})
+_GLOBAL_VALUES = frozenset({"root", "log", "log-format", "log-level", "criu", "rootless", "cgroup-manager"})
 _VERB_VALUES = frozenset(
     {
-        "bundle", "b", "pid-file", "console-socket", "preserve-fds", "config", "image-path", "work-path", "parent-path",
-        "page-server", "status-fd", "manage-cgroups-mode", "empty-ns", "lsm-profile", "lsm-mount-context",
+        "bundle", "b", "pid-file", "console-socket", "pidfd-socket", "preserve-fds", "config", "image-path", "work-path",
+        "parent-path", "page-server", "status-fd", "manage-cgroups-mode", "empty-ns", "lsm-profile", "lsm-mount-context",
     }
 )  # fmt: skip
 
@@ -47,7 +47,8 @@ def parse_call(argv: Sequence[str]) -> RuntimeCall:
     """Take the words after the program's name apart."""
     globals_, verb_at = _options(argv, 0, _GLOBAL_VALUES)
     verb = argv[verb_at] if verb_at < len(argv) else ""
-    options, id_at = _options(argv, verb_at + 1, _VERB_VALUES)
+    # crun's -f names a file for create and run, and is a flag of delete.
+    options, id_at = _options(argv, verb_at + 1, _VERB_VALUES | ({"f"} if verb in {"create", "run"} else set()))
     values = {name: value for name, value in globals_ if value is not None}
     return RuntimeCall(
         argv=tuple(argv),
@@ -66,6 +67,8 @@ def _options(argv: Sequence[str], at: int, with_value: frozenset[str]) -> tuple[
     """Options from `at` on, and the index of the first word that is none."""
     found: list[tuple[str, str | None]] = []
     while at < len(argv) and argv[at].startswith("-") and argv[at] != "-":
+        if argv[at] == "--":
+            return found, at + 1
         name, equals, value = argv[at].lstrip("-").partition("=")
         if equals:
             found.append((name, value))

@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from smr.shim import log
 from smr.shim.config import Config
 from smr.shim.files import write_atomic
 from smr.shim.oci_args import RuntimeCall, parse_call
+from smr.shim.real_runtime import real_runtime
 from smr.shim.state import ContainerState, GoneError, Record, Status, begin, find
 
 # An id is a folder's name: not "." and not "..".
@@ -66,20 +66,6 @@ def dispatch(call: RuntimeCall, config: Config) -> int:
         return act(call, config)
     except GoneError:
         exec_real(call, config)
-
-
-def real_runtime(config: Config) -> str:
-    """The real runtime: what the sh part found, else the configured one, else runc or crun on PATH."""
-    named = os.environ.get("SMR_RUNTIME") or config.runtime
-    names = (named,) if named else ("runc", "crun")
-    found = next((path for name in names if (path := shutil.which(name))), None)
-    if found is None:
-        raise SmrError(
-            f"no OCI runtime found: {' or '.join(names)} is not there or cannot be executed",
-            hint="install runc, or name one in /etc/smr/runtime",
-            code=Code.RUNTIME_MISSING,
-        )
-    return found
 
 
 def exec_real(call: RuntimeCall, config: Config, env: dict[str, str] | None = None) -> NoReturn:
@@ -161,9 +147,9 @@ def _begin(config: Config, record: Record) -> ContainerState:
 
 
 def _failed(state: ContainerState, error: SmrError) -> SmrError:
+    """Take back what was done. Raises when that cannot be: what is left must not start cold on a half-restored root."""
     from smr.shim.undo import undo
 
-    """Take back what was done. Raises when that cannot be: what is left must not start cold on a half-restored root."""
     problems = undo(state)
     if not problems:
         state.remove()
@@ -288,6 +274,7 @@ def kill(call: RuntimeCall, config: Config) -> int:
 def delete(call: RuntimeCall, config: Config) -> int:
     """Delete, and drop what SMR keeps; a create that was killed is undone first."""
     from smr.shim.sweep import is_gone
+    from smr.shim.undo import undo
 
     state = find(config.run, call.root, call.id)
     if state is None:

@@ -27,7 +27,7 @@ def checkpoint(container: str, name: str, engine: str, root: str, leave_running:
     from smr.shim import checkpoint as work
     from smr.shim.config import load
     from smr.shim.engines import locate
-    from smr.shim.runtime import real_runtime
+    from smr.shim.real_runtime import real_runtime
 
     config = load()
     target = locate.find(container, engine=engine, runtime=real_runtime(config), root=root)
