@@ -45,7 +45,8 @@ def import_archive(path: Path, store: Store, name: str, *, replace: bool = True)
         else:
             raise SmrError(
                 f"{path} is no checkpoint archive: found neither config.dump nor an OCI layout in it",
-                hint="make one with 'podman container checkpoint --export', 'ctr images export' of a checkpoint, or 'smr export'",
+                hint="make one with 'podman container checkpoint --export', 'smr export', "
+                "or 'ctr images export --skip-manifest-json' of a checkpoint image",
                 code=Code.UNSUPPORTED,
                 path=path,
             )

@@ -43,7 +43,10 @@ class Facts:
 
 def make_config(facts: Facts, checkpoint: Path) -> CheckpointConfig:
     """The config of the checkpoint whose CRIU images are in the directory `checkpoint`. ARCHIVE_INVALID when they are none."""
-    spec = parse_spec(facts.spec)
+    try:
+        spec = parse_spec(facts.spec)
+    except SmrError as error:
+        raise SmrError(f"the archive's spec cannot be read: {error.message}", code=Code.ARCHIVE_INVALID) from error
     inventory = checkpoint / "inventory.img"
     if not inventory.is_file() or not (checkpoint / "pstree.img").is_file():
         raise SmrError(

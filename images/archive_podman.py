@@ -16,6 +16,7 @@ content.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -37,6 +38,9 @@ SHM = "devshm-checkpoint.tar"
 NETWORK = "network.status"
 # Files that are kept as they are, to be given back on export.
 KEPT = (CONFIG, SPEC, NETWORK, "bind.mounts", "status.dump", "status", "ctr.log", "io.kubernetes.cri-o.LogPath", "container.log")
+
+
+_IMAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,98}")
 
 
 def is_podman_shape(staged: Path) -> bool:
@@ -63,8 +67,10 @@ def add_podman(staged: Path, ingest: Ingest, annotations: Mapping[str, str] | No
 
 def add_criu(checkpoint: Path, ingest: Ingest) -> None:
     """Add CRIU's images: pages as layers of their own, all else in one tar."""
-    if any(not path.is_file() for path in checkpoint.iterdir()):
-        raise SmrError("the archive's CRIU images are not plain files in one directory", code=Code.ARCHIVE_INVALID)
+    if any(not path.is_file() or not _IMAGE_NAME.fullmatch(path.name) for path in checkpoint.iterdir()):
+        raise SmrError(
+            "the archive's CRIU images are not plain files in one directory, named as CRIU names them", code=Code.ARCHIVE_INVALID
+        )
     files = sorted(checkpoint.iterdir())
     for path in files:
         if not is_criu_image(path.name):

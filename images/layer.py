@@ -155,10 +155,9 @@ class _Applier:
             set_directory(directory, entry)
 
     def _make_parents(self, parts: Parts) -> None:
-        for depth in range(1, len(parts)):
-            if self._tree.lstat(parts[:depth]) is None:
-                self._journal.about_to_replace(parts[:depth], None)
-                os.mkdir(parts[depth - 1], 0o755, dir_fd=self._tree.directory(parts[: depth - 1]))
+        for missing in self._tree.missing_parents(parts):
+            self._journal.about_to_replace(missing, None)
+            os.mkdir(missing[-1], 0o755, dir_fd=self._tree.directory(missing[:-1]))
 
     def _opaque(self, parts: Parts) -> None:
         found = self._tree.lstat(parts)

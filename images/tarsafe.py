@@ -96,6 +96,14 @@ class Tree:
         except FileNotFoundError:
             return None
 
+    def missing_parents(self, parts: Parts) -> list[Parts]:
+        """The directories above `parts` that are not there, the highest first. NotADirectoryError as in `directory`."""
+        try:
+            self.directory(parts[:-1])
+        except FileNotFoundError:
+            return [parts[:depth] for depth in range(1, len(parts)) if self.lstat(parts[:depth]) is None]
+        return []
+
     def remove(self, parts: Parts) -> None:
         """Remove a file or a whole tree; nothing happens when it is not there."""
         found = self.lstat(parts)
@@ -264,9 +272,8 @@ def through_links(entry: Entry) -> Iterator[None]:
 
 def make_parents(tree: Tree, parts: Parts) -> None:
     """Make the missing directories above `parts`, 0755 and root's."""
-    for depth in range(1, len(parts)):
-        if tree.lstat(parts[:depth]) is None:
-            os.mkdir(parts[depth - 1], 0o755, dir_fd=tree.directory(parts[: depth - 1]))
+    for missing in tree.missing_parents(parts):
+        os.mkdir(missing[-1], 0o755, dir_fd=tree.directory(missing[:-1]))
 
 
 def _check_kind(parts: Parts, entry: Entry) -> None:

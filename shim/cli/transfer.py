@@ -17,8 +17,9 @@ from smr.shim.cli.output import json_option, print_json, progress, size
 def import_command(archive: Path, name: str, no_replace: bool, as_json: bool) -> None:
     """Make an image of a checkpoint archive.
 
-    ARCHIVE is what 'podman container checkpoint --export', CRI-O, 'ctr images export' of a containerd checkpoint, or 'smr export'
-    has written, plain or compressed. It is not trusted: what is unsafe or damaged in it is refused, and nothing is left behind.
+    ARCHIVE is what 'podman container checkpoint --export', CRI-O, 'ctr images export --skip-manifest-json' of a containerd
+    checkpoint, or 'smr export' has written, plain or compressed. It is not trusted: what is unsafe or damaged in it is refused,
+    and nothing is left behind.
     """
     from smr.images.archive import import_archive
     from smr.images.store import Store

@@ -165,6 +165,9 @@ def test_every_truncation_leaves_nothing(store: Store, tmp_path: Path) -> None:
         (file("checkpoint", b"x"), Code.ARCHIVE_UNSAFE),
         (file("config.dump/x", b"x"), Code.ARCHIVE_UNSAFE),
         (file("checkpoint/sub/core-1.img", b"x"), Code.ARCHIVE_INVALID),
+        (file("checkpoint/n\u00e4me.img", b"x"), Code.ARCHIVE_INVALID),
+        (file("checkpoint/a b\n.img", b"x"), Code.ARCHIVE_INVALID),
+        (file("checkpoint/pages-x.img", b"x"), Code.ARCHIVE_INVALID),
         (file("deleted.files", b'["/../../etc"]'), Code.ARCHIVE_UNSAFE),
         (file("deleted.files", b'{"no": "array"}'), Code.ARCHIVE_INVALID),
         (file("deleted.files", b"[" * 100_000), Code.ARCHIVE_INVALID),
@@ -208,7 +211,7 @@ def test_incomplete_archives_are_invalid(store: Store, missing: str) -> None:
 @pytest.mark.parametrize("spec", [[], "x", {"process": []}, {"mounts": {"no": "array"}}])
 def test_a_spec_that_is_none_is_an_error(store: Store, spec: object) -> None:
     """spec.dump has to be an OCI spec."""
-    assert refused(store, *podman_items(spec=spec)).code in (Code.ARCHIVE_INVALID, Code.SPEC_INVALID)
+    assert refused(store, *podman_items(spec=spec)).code is Code.ARCHIVE_INVALID
 
 
 def test_other_archives_and_no_archives(store: Store, tmp_path: Path) -> None:

@@ -193,6 +193,15 @@ def test_sparse_maps_that_lie_are_refused(tmp_path: Path, sparse: tuple[tuple[in
     assert caught.value.code is Code.ARCHIVE_INVALID
 
 
+def test_a_header_that_was_altered_is_refused(tmp_path: Path) -> None:
+    """A changed name that the header's check sum does not know of."""
+    data = bytearray(tar_bytes(tmp_path, [file("name", b"x")]))
+    data[0] ^= 1
+    with pytest.raises(SmrError) as caught:
+        read(bytes(data))
+    assert caught.value.code is Code.ARCHIVE_INVALID
+
+
 def test_an_unfinished_archive_is_truncated(tmp_path: Path) -> None:
     """A tar without its end mark counts as truncated, even when its last entry is whole."""
     path = write_tar(tmp_path / "a.tar", [file("a", b"x")], end=False)
