@@ -90,6 +90,7 @@ for name in $(printf '%s' "$engines" | tr ',' ' '); do
 done
 
 TMP=$(mktemp -d "${TMPDIR:-/tmp}/smr-install.XXXXXX")
+export TMPDIR="$TMP" # what pip and others leave when they are killed goes with it
 # shellcheck source=deploy/transaction.sh
 . "$HERE/deploy/transaction.sh"
 # shellcheck source=deploy/criu.sh
@@ -101,7 +102,8 @@ at_exit() {
     status=$?
     trap '' EXIT HUP INT TERM
     set +e
-    [ -z "$child" ] || { kill -- "-$child" && wait "$child"; } 2>/dev/null
+    # with all that it started; what they leave lies in TMP or STATE
+    [ -z "$child" ] || { kill -KILL -- "-$child" && wait "$child"; } 2>/dev/null
     if [ -n "$running" ]; then
         [ "$changes" = 0 ] || say "undoing what this run did"
         undo

@@ -84,7 +84,7 @@ open_state() {
     lock
     running=1
     mkdir -p "$STATE"
-    for dir in $made; do printf 'mkdir\t%s\n' "$dir"; done >"$STATE/journal"
+    { printf 'new\t%s\n' "$TMP" && for dir in $made; do printf 'mkdir\t%s\n' "$dir"; done; } >"$STATE/journal"
     mkdir -p "$STATE/undo" "$STATE/originals"
 }
 
@@ -117,7 +117,7 @@ undo() { # all that the journal holds, from its end; a failure is told and the r
         backwards "$STATE/journal" >"$TMP/undo"
         while IFS=$TAB read -r kind path copy; do
             case $kind in
-                new) rm -rf "$path" ;;
+                new) [ "$path" = "$TMP" ] || rm -rf "$path" ;; # our own goes at the very end
                 saved) ! there "$copy" || { rm -rf "$path" && mv -T "$copy" "$path"; } ;;
                 rmdir) mkdir -p "$path" ;;
                 mkdir) case $STATE in "$path"/*) echo "$path" >>"$TMP/made" ;; *) [ ! -d "$path" ] || rmdir "$path" ;; esac ;;

@@ -313,7 +313,6 @@ def test_what_an_outright_killed_run_left_is_undone_by_the_next(node: Installati
     assert (node.prefix / ".install/journal").exists()
     eventually(lambda: not _pip_runs(node), what="pip of the killed run")
     assert "an earlier run was killed" in node("--uninstall").stdout
-    shutil.rmtree(node.temporary)
     node.assert_untouched()
 
 
