@@ -74,10 +74,17 @@ def tasks(folder: Path) -> tuple[Task, ...]:
 
 
 def replace_addresses(folder: Path, mapping: dict[str, str]) -> int:
-    """Give sockets of `files.img` that are bound to an old address the new one; returns how many were changed."""
+    """Give sockets of `files.img` that are bound to an old address the new one; returns how many were changed.
+
+    A socket of IPv6 may be bound to an IPv4 address in its IPv6 form (::ffff:10.0.0.1), which moves with it.
+    """
     import ipaddress
 
     table = {_words(ipaddress.ip_address(old)): _words(ipaddress.ip_address(new)) for old, new in mapping.items()}
+    for old, new in mapping.items():
+        if ":" not in old and ":" not in new:
+            mapped = [ipaddress.ip_address(f"::ffff:{address}") for address in (old, new)]
+            table[_words(mapped[0])] = _words(mapped[1])
     path = folder / "files.img"
     magic = path.read_bytes()[:8]
     entries = list(read_messages(path, images_pb2.FileEntry))

@@ -12,14 +12,18 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from smr.proto.errors import Code, SmrError
 
+if TYPE_CHECKING:
+    from ipaddress import IPv4Address, IPv6Address
+
 _CLONE_NEWNET = 0x40000000
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 0x1
+_LISTEN = "0A"
 _T = TypeVar("_T")
 
 
@@ -68,7 +72,7 @@ def _loopback_up() -> bool:
 
 def addresses(pid: int | str) -> tuple[str, ...]:
     """Local unicast addresses in the network namespace of `pid`, IPv4 then IPv6, without loopback; from /proc/PID/net."""
-    return (*_addresses4(pid), *_addresses6(pid))
+    return (*parse_fib_trie(_text(pid, "fib_trie")), *parse_if_inet6(_text(pid, "if_inet6")))
 
 
 def addresses_of_namespace(namespace: Path) -> tuple[str, ...]:
@@ -76,11 +80,11 @@ def addresses_of_namespace(namespace: Path) -> tuple[str, ...]:
     return in_namespace(namespace, lambda: addresses("thread-self"))
 
 
-def _addresses4(pid: int | str) -> list[str]:
-    """fib_trie lists each local address as a /32 host LOCAL leaf."""
+def parse_fib_trie(text: str) -> list[str]:
+    """IPv4 addresses: fib_trie lists each local one as a /32 host LOCAL leaf, once a table."""
     found: list[str] = []
     previous = ""
-    for line in _lines(pid, "fib_trie"):
+    for line in text.splitlines():
         if "/32 host LOCAL" in line and previous.startswith("|-- "):
             address = previous.removeprefix("|-- ")
             if not address.startswith("127.") and address not in found:
@@ -89,8 +93,9 @@ def _addresses4(pid: int | str) -> list[str]:
     return found
 
 
-def _addresses6(pid: int | str) -> list[str]:
-    raw = [line.split() for line in _lines(pid, "if_inet6")]
+def parse_if_inet6(text: str) -> list[str]:
+    """IPv6 addresses: one a line, in hexadecimal, the interface's name last."""
+    raw = [line.split() for line in text.splitlines()]
     return [socket.inet_ntop(socket.AF_INET6, bytes.fromhex(words[0])) for words in raw if words and words[-1] != "lo"]
 
 
@@ -98,29 +103,33 @@ def bound_addresses(pid: int | str) -> tuple[str, ...]:
     """Addresses other than wildcard and loopback to which sockets of the namespace of `pid` are bound without a peer."""
     found: set[str] = set()
     for name in ("tcp", "udp", "tcp6", "udp6", "raw", "raw6"):
-        for line in _lines(pid, f"{name}")[1:]:
-            words = line.split()
-            established = name.startswith("tcp") and words[3] != "0A"
-            if not established:
-                found.add(_address(words[1].split(":")[0]))
-    return tuple(sorted(address for address in found if address and not _is_local(address)))
+        found.update(parse_bound(_text(pid, name), listening_only=name.startswith("tcp")))
+    return tuple(sorted(found))
 
 
-def _address(text: str) -> str:
+def parse_bound(text: str, *, listening_only: bool) -> Iterator[str]:
+    """Local addresses of one of /proc/net/{tcp,udp,raw}[6] that only this host has; an IPv4 address in IPv6 form as IPv4."""
+    for line in text.splitlines()[1:]:
+        words = line.split()
+        address = _address(words[1].partition(":")[0])
+        everywhere = address.is_unspecified or address.is_loopback or address.is_multicast
+        if not everywhere and (words[3] == _LISTEN or not listening_only):
+            yield str(address)
+
+
+def _address(text: str) -> IPv4Address | IPv6Address:
     """/proc/net prints addresses as host-order 32-bit words in hexadecimal."""
+    from ipaddress import IPv4Address, IPv6Address
+
     raw = b"".join(struct.pack("=I", int(text[at : at + 8], 16)) for at in range(0, len(text), 8))
-    return socket.inet_ntop(socket.AF_INET if len(raw) == 4 else socket.AF_INET6, raw)
+    if len(raw) == 4:
+        return IPv4Address(raw)
+    address = IPv6Address(raw)
+    return address.ipv4_mapped or address
 
 
-def _is_local(address: str) -> bool:
-    import ipaddress
-
-    parsed = ipaddress.ip_address(address)
-    return parsed.is_unspecified or parsed.is_loopback
-
-
-def _lines(pid: int | str, name: str) -> list[str]:
+def _text(pid: int | str, name: str) -> str:
     try:
-        return (Path("/proc") / str(pid) / "net" / name).read_text().splitlines()
+        return (Path("/proc") / str(pid) / "net" / name).read_text()
     except OSError:
-        return []
+        return ""
