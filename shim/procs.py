@@ -62,6 +62,17 @@ def all_pids() -> list[int]:
     return [int(entry.name) for entry in PROC.iterdir() if entry.name.isdigit()]
 
 
+def with_environment(entry: str) -> list[int]:
+    """Processes that were started with a variable: "NAME=value"."""
+    wanted = entry.encode()
+    found = []
+    for pid in all_pids():
+        with contextlib.suppress(OSError):
+            if wanted in (PROC / str(pid) / "environ").read_bytes().split(b"\0"):
+                found.append(pid)
+    return found
+
+
 def holding(*folders: Path) -> list[int]:
     """Processes with an open file, the current directory or an argument in one of `folders`; not this one.
 

@@ -32,7 +32,7 @@ from smr.proto.oci import Mount, Spec, parse_spec
 from smr.shim import criu, engines, mountinfo, namespaces, preflight, procs
 from smr.shim.config import Config
 from smr.shim.criu import Criu
-from smr.shim.files import write_atomic
+from smr.shim.files import drop_tree, write_atomic
 from smr.shim.oci_args import RuntimeCall
 from smr.shim.state import ContainerState, Status
 
@@ -136,7 +136,7 @@ def fill_tmpfs(state: ContainerState, image: Image, spec: Spec, annotations: Ann
 def criu_folder(state: ContainerState) -> Iterator[None]:
     """CRIU's directory of this restore, new; kept open, which tells `smr gc` that it is in use."""
     # One may be left from before a reboot, which took the record with it.
-    shutil.rmtree(state.criu_dir, ignore_errors=True)
+    drop_tree(state.criu_dir)
     state.criu_dir.mkdir(mode=0o700, parents=True)
     fd = os.open(state.criu_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import time
 
 from smr.proto.errors import Code, SmrError
 from smr.shim import procs
 from smr.shim.config import Config
+from smr.shim.files import drop_tree
 from smr.shim.log import canonical_line
 from smr.shim.state import ContainerState, Status
 
@@ -30,8 +30,8 @@ def resume(state: ContainerState) -> None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process.pid, signal.SIGCONT)
     state.record.status = Status.RESTORED
-    shutil.rmtree(state.criu_dir, ignore_errors=True)
-    shutil.rmtree(state.undo_dir, ignore_errors=True)
+    drop_tree(state.criu_dir)
+    drop_tree(state.undo_dir)
     state.record.undo_rootfs = False
     state.record.undo_tmpfs = ()
     state.save()

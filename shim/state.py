@@ -21,7 +21,6 @@ import errno
 import fcntl
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -32,7 +31,7 @@ from pathlib import Path
 from smr.proto.errors import Code, SmrError
 from smr.proto.oci import as_list
 from smr.shim import procs
-from smr.shim.files import write_atomic
+from smr.shim.files import drop_tree, write_atomic
 
 VERSION = 1
 _HALF = "~"  # no character of a container's id
@@ -94,7 +93,6 @@ class Record:
     mounts_before: tuple[str, ...] = ()
     stopped_pids: tuple[int, ...] = ()
     undo_rootfs: bool = False
-    undo_tmpfs: tuple[str, ...] = ()
     undo_tmpfs: tuple[str, ...] = ()
     undo_spec: bool = False
 
@@ -188,11 +186,11 @@ class ContainerState:
     def remove(self) -> None:
         """Drop the directory and CRIU's, and the runtime root's when it was the last."""
         if self.record.store:
-            shutil.rmtree(self.criu_dir, ignore_errors=True)
+            drop_tree(self.criu_dir)
         doomed = _half(self.path)
         with contextlib.suppress(OSError):
             self.path.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        drop_tree(doomed)
         for parent in self.path.parents:
             if parent.name == "containers":
                 break
@@ -237,7 +235,7 @@ def begin(run: Path, record: Record) -> ContainerState:
 def _publish(path: Path, record: Record) -> None:
     """Whole or not at all, by a rename. Another container's end may take the parent away in between: then once more."""
     half = _half(path)
-    shutil.rmtree(half, ignore_errors=True)
+    drop_tree(half)
     while True:
         try:
             half.mkdir(parents=True, mode=0o700)
@@ -247,7 +245,7 @@ def _publish(path: Path, record: Record) -> None:
         except FileNotFoundError:
             continue
         except OSError as error:
-            shutil.rmtree(half, ignore_errors=True)
+            drop_tree(half)
             if not path.exists():
                 raise SmrError(
                     f"cannot keep the state of container {record.id} in {path}: {error.strerror}",
@@ -285,7 +283,7 @@ def drop_half_made(run: Path) -> None:
     for path in (run / "containers").glob(f"**/*{_HALF}*/"):
         maker = path.name.rpartition(_HALF)[2]
         if maker.isdigit() and not procs.alive(int(maker)):
-            shutil.rmtree(path, ignore_errors=True)
+            drop_tree(path)
 
 
 def load_path(path: Path) -> ContainerState | None:

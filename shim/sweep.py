@@ -5,13 +5,13 @@ A record is undone when its create never ended, and dropped when the runtime has
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from smr.proto.errors import SmrError
 from smr.shim import procs
 from smr.shim.config import Config
+from smr.shim.files import drop_tree
 from smr.shim.state import ContainerState, Status, all_states, drop_half_made
 from smr.shim.undo import runtime_dir, undo
 
@@ -72,6 +72,6 @@ def _drop_restores(config: Config) -> int:
 
 def _drop(folder: Path) -> None:
     if folder.is_dir() and not folder.is_symlink():
-        shutil.rmtree(folder, ignore_errors=True)
+        drop_tree(folder)
     else:
         folder.unlink(missing_ok=True)

@@ -1,6 +1,8 @@
 """Takes back what a create has done, from the record alone: by the process in charge, by its guard, or by a later call.
 
-The order is the reverse of a restore: processes, the runtime's own state, mounts, cgroups, files, spec, CRIU's directory.
+The order is the reverse of a restore: processes, mounts, the runtime's own state, cgroups, files, spec, CRIU's directory.
+Mounts must go before the runtime is asked to delete: while CRIU works, runc binds the container's root to criu-root in its
+state directory, and `runc delete` removes that directory recursively, through the bind (seen with 1.1.5 and 1.3.6).
 Each step is safe to repeat. A step that fails warns and never hides the first error (the caller's).
 """
 
@@ -16,6 +18,7 @@ from pathlib import Path
 
 from smr.proto.errors import SmrError
 from smr.shim import cgroups, mountinfo, procs
+from smr.shim.files import remove_tree
 from smr.shim.run import run
 from smr.shim.state import ContainerState
 
@@ -27,12 +30,11 @@ def undo(state: ContainerState) -> list[str]:
     problems: list[str] = []
     steps: tuple[tuple[str, Callable[[ContainerState], None]], ...] = (
         ("processes", _kill),
-        ("runtime state", _runtime_delete),
         ("mounts", _unmount),
+        ("runtime state", _runtime_delete),
         ("cgroups", _remove_cgroups),
         ("root filesystem", _undo_rootfs),
         ("shared memory", _undo_tmpfs),
-        ("tmpfs", _undo_tmpfs),
         ("spec", _undo_spec),
         ("images", _drop_images),
     )
@@ -51,27 +53,24 @@ def runtime_dir(state: ContainerState) -> Path:
 
 
 def _kill(state: ContainerState) -> None:
-    """CRIU and the runtime hold files of our directory; the restored tree is in the container's cgroup."""
+    """The runtime and CRIU carry the name of our configuration file in their environment; the tree is in the cgroup."""
     path, since = cgroups.path_of(state.record.cgroups_path, state.record.id), state.record.started_boottime
-    left = procs.kill_all(lambda: [pid for pid in procs.holding(state.path, state.criu_dir) if not _is_ours(pid)])
+    mark = f"CRIU_CONFIG_FILE={state.work_dir / 'criu.conf'}"
+    left = procs.kill_all(lambda: [*procs.with_environment(mark), *procs.holding(state.criu_dir)])
     left += procs.kill_all(lambda: [pid for pid in cgroups.members(path) if procs.started(pid) >= since])
     if left:
         raise SmrError(f"processes {left} do not end after SIGKILL")
-
-
-def _is_ours(pid: int) -> bool:
-    """Our own processes hold the lock file of the record; they must not kill each other."""
-    with contextlib.suppress(OSError):
-        return b"smr.shim" in (Path("/proc") / str(pid) / "cmdline").read_bytes()
-    return False
 
 
 def _runtime_delete(state: ContainerState) -> None:
     folder = runtime_dir(state)
     if not folder.exists() or not state.record.runtime:
         return
+    if any(point.startswith(f"{folder}/") for point in mountinfo.points()):
+        raise SmrError(f"{folder} is not deleted: something is still mounted in it")
     root = ["--root", state.record.root] if state.record.root else []
     run([state.record.runtime, *root, "delete", "--force", state.record.id], timeout_s=30, check=False)
+    _remove_runtime_dir(folder)
 
 
 def _unmount(state: ContainerState) -> None:
@@ -86,9 +85,14 @@ def _unmount(state: ContainerState) -> None:
         if in_runtime or in_root:
             unmount(Path(point))
     _remove_criu_roots(state)
-    # Never through a mount that is still there: only what is empty of mounts is removed.
-    if folder.exists() and not any(point.startswith(f"{folder}/") for point in mountinfo.points()):
-        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_runtime_dir(folder: Path) -> None:
+    """Drop what a killed runtime left of its state. Never recursively: the container's root is bound into a folder here."""
+    with contextlib.suppress(FileNotFoundError):
+        for entry in folder.iterdir():
+            entry.rmdir() if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        folder.rmdir()
 
 
 def _remove_criu_roots(state: ContainerState) -> None:
@@ -117,18 +121,7 @@ def _undo_rootfs(state: ContainerState) -> None:
 def _undo_tmpfs(state: ContainerState) -> None:
     """They were empty before, or the restore had not touched them."""
     for folder in state.record.undo_tmpfs:
-        for entry in Path(folder).iterdir():
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
-
-
-def _undo_tmpfs(state: ContainerState) -> None:
-    """They were empty: a restore refuses others."""
-    for folder in state.record.undo_tmpfs:
-        for entry in os.scandir(folder):
-            shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else Path(entry.path).unlink()
+        remove_tree(Path(folder), keep_root=True)
 
 
 def _undo_spec(state: ContainerState) -> None:
@@ -138,7 +131,7 @@ def _undo_spec(state: ContainerState) -> None:
 
 def _drop_images(state: ContainerState) -> None:
     if state.record.store:
-        shutil.rmtree(state.criu_dir, ignore_errors=True)
+        remove_tree(state.criu_dir)
     state.created_marker.unlink(missing_ok=True)
 
 
