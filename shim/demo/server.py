@@ -277,7 +277,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--make", choices=SIZES, help="write a model of this size first; do not serve")
     options = parser.parse_args(arguments)
-    os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", TOKENIZERS_PARALLELISM="false")
+    # Threads that wait must not spin: on a busy machine they would take the very processor they wait for.
+    os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", OMP_WAIT_POLICY="passive")
     if options.make:
         make(options.model, options.make)
     else:
