@@ -81,10 +81,10 @@ def replace_addresses(folder: Path, mapping: dict[str, str]) -> int:
     import ipaddress
 
     table = {_words(ipaddress.ip_address(old)): _words(ipaddress.ip_address(new)) for old, new in mapping.items()}
-    for old, new in mapping.items():
-        if ":" not in old and ":" not in new:
-            mapped = [ipaddress.ip_address(f"::ffff:{address}") for address in (old, new)]
-            table[_words(mapped[0])] = _words(mapped[1])
+    for pair in mapping.items():
+        if not any(":" in address for address in pair):
+            before, after = (ipaddress.ip_address(f"::ffff:{address}") for address in pair)
+            table[_words(before)] = _words(after)
     path = folder / "files.img"
     magic = path.read_bytes()[:8]
     entries = list(read_messages(path, images_pb2.FileEntry))

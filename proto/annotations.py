@@ -111,7 +111,8 @@ class Annotations:
 
 def check_reference(reference: str) -> str:
     """Return `reference` when it is NAME[:TAG] (lower case, as OCI has it) or a sha256 digest, else raise ANNOTATION_INVALID."""
-    if _DIGEST.fullmatch(reference) or _REFERENCE.fullmatch(reference):
+    # "sha256:" begins a digest, also one that is too short to be any.
+    if _DIGEST.fullmatch(reference) or (_REFERENCE.fullmatch(reference) and not reference.startswith("sha256:")):
         return reference
     raise SmrError(
         f"'{reference}' is not an image reference: needed NAME[:TAG] in lower case or sha256:DIGEST",
