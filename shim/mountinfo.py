@@ -25,7 +25,7 @@ def entries(text: str | None = None) -> list[MountEntry]:
             continue
         before, _, after = line.partition(" - ")
         kind, _, options = after.split(" ", 2)
-        found.append(MountEntry(point=unescape(before.split()[4]), type=kind, options=options))
+        found.append(MountEntry(point=unescape(before.split(" ")[4]), type=kind, options=options))
     return found
 
 
