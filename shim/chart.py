@@ -106,7 +106,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Label:
-    """Text on a baseline at `y`; `anchor` is start, middle or end."""
+    """Text on a baseline at `y`; `anchor` is start, middle or end. A halo of the page's colour sets it off from lines behind."""
 
     x: float
     y: float
@@ -115,6 +115,7 @@ class Label:
     role: str = "ink"
     anchor: str = "start"
     bold: bool = False
+    halo: bool = False
 
 
 Shape = Box | Rule | Label
@@ -156,7 +157,7 @@ def layout(chart: Chart) -> Scene:
         shapes.append(Label(x=_MARGIN, y=y - 2, text=text, role="faint"))
         y += 19
     for panel in chart.panels:
-        y = _place_panel(panel, y + 22, shapes)
+        y = _place_panel(panel, y + 32, shapes)
     for text in [line for note in chart.notes for line in _wrap(note, 12)]:
         y += 18
         shapes.append(Label(x=_MARGIN, y=y + 4, text=text, size=12, role="faint"))
@@ -194,9 +195,9 @@ def _place_bar(bar: Bar, axis: tuple[float, float], scale: float, y: float, shap
     room = 13 * _CHARACTER * len(value) + 7
     crosses_total = x + width + 2 < right < x + width + room + 3
     if crosses_total and x - room > left:
-        shapes.append(Label(x=x - 7, y=base, text=value, role="faint", anchor="end"))
+        shapes.append(Label(x=x - 7, y=base, text=value, role="faint", anchor="end", halo=True))
     else:
-        shapes.append(Label(x=x + width + 7, y=base, text=value, role="faint"))
+        shapes.append(Label(x=x + width + 7, y=base, text=value, role="faint", halo=True))
 
 
 def _tick(mark: float, total_s: float) -> str:
@@ -242,7 +243,8 @@ def _svg(shape: Shape) -> str:
         return f'<line {place} style="stroke:var(--{shape.role})"/>'
     weight = ' font-weight="600"' if shape.bold else ""
     place = f'x="{shape.x:.1f}" y="{shape.y:.1f}" font-size="{shape.size}" text-anchor="{shape.anchor}"{weight}'
-    return f'<text {place} style="fill:var(--{shape.role})">{escape(shape.text)}</text>'
+    halo = ";stroke:var(--page);stroke-width:4;paint-order:stroke" if shape.halo else ""
+    return f'<text {place} style="fill:var(--{shape.role}){halo}">{escape(shape.text)}</text>'
 
 
 def write_png(chart: Chart, file: Path) -> None:
@@ -289,6 +291,9 @@ def _paint(draw: ImageDraw.ImageDraw, fonts: _Fonts, shape: Shape) -> None:
     else:
         anchor = {"start": "ls", "middle": "ms", "end": "rs"}[shape.anchor]
         at = (shape.x * _PNG_SCALE, shape.y * _PNG_SCALE)
+        if shape.halo:
+            page = _COLOURS["page"][0]
+            draw.text(at, shape.text, fill=page, font=fonts.get(shape.size), anchor=anchor, stroke_width=4, stroke_fill=page)
         stroke = 0.7 if shape.bold else 0
         draw.text(at, shape.text, fill=colour, font=fonts.get(shape.size), anchor=anchor, stroke_width=stroke)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import itertools
+import json
 import re
 import xml.etree.ElementTree as ElementTree
 
@@ -12,7 +13,8 @@ import pytest
 from smr.proto.errors import Code, SmrError
 from smr.shim import trace
 from smr.shim.chart import WIDTH, Bar, Box, Chart, Label, Panel, Rule, duration, layout, ticks, to_html
-from smr.shim.state import Record, Stage, Status
+from smr.shim.cli import main
+from smr.shim.state import Record, Stage, Status, begin
 
 STAGES = [
     Stage(name="locate", start_s=0.0, end_s=0.004),
@@ -195,3 +197,31 @@ def test_unknown_format_or_folder_is_refused(tmp_path, name):
     with pytest.raises(SmrError) as caught:
         trace.check_target(tmp_path / name)
     assert caught.value.code is Code.USAGE
+
+
+@pytest.fixture
+def known(tmp_path, monkeypatch):
+    """A container of this record in a state directory of its own."""
+    monkeypatch.setenv("SMR_RUN", str(tmp_path / "run"))
+    monkeypatch.setenv("SMR_CONFIG", str(tmp_path / "smr.toml"))
+    state = begin(tmp_path / "run", record())
+    state.save()
+    return state.record
+
+
+def test_command_draws_a_known_container(known, tmp_path, capsys):
+    """`smr trace ID -o FILE --json` says where the picture is and how long all took."""
+    with pytest.raises(SystemExit) as ended:
+        main(["trace", known.id[:8], "-o", str(tmp_path / "a.html"), "--json"])
+    assert ended.value.code == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer == {"file": str(tmp_path / "a.html"), "container": known.id, "total_s": 0.8421}
+    assert "restored from web:1" in (tmp_path / "a.html").read_text()
+
+
+def test_command_refuses_a_format_before_it_looks_for_the_container(known, tmp_path, capsys):
+    """Exit status 2, with a name that would do."""
+    with pytest.raises(SystemExit) as ended:
+        main(["trace", known.id, "-o", str(tmp_path / "a.svg")])
+    assert ended.value.code == 2
+    assert "a.html" in capsys.readouterr().err
