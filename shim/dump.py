@@ -47,7 +47,7 @@ def engine_options(call: RuntimeCall) -> dict[str, str]:
     return chosen
 
 
-def dump(target: Target, folder: Path, work: Path, chosen: Mapping[str, str], tool: Criu, guard: Guard) -> None:
+def dump(target: Target, folder: Path, work: Path, chosen: Mapping[str, str], tool: Criu, guard: Guard, logs: Path) -> None:
     """Dump into `folder`, leaving the container as it was (frozen, when it was). Raises CHECKPOINT_FAILED quoting CRIU's log."""
     work.mkdir(mode=0o700, exist_ok=True)
     config_file = work / "criu.conf"
@@ -61,17 +61,28 @@ def dump(target: Target, folder: Path, work: Path, chosen: Mapping[str, str], to
         argv, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, pass_fds=guard.pass_fds
     )
     if result.returncode != 0:
-        raise SmrError(
-            f"checkpoint of {target.name or target.id} failed: {criu.quote_log(work / 'dump.log')}",
-            hint=hint_for(work / "dump.log"),
-            code=Code.CHECKPOINT_FAILED,
+        raise _failure(target, criu.keep_log(work / "dump.log", logs / f"checkpoint-{target.id}.log"), result.stderr)
+
+
+def _failure(target: Target, log: Path, stderr: str) -> SmrError:
+    name = target.name or target.id
+    text = f"{_read(log)}\n{stderr}"
+    if "No space left on device" in text:
+        return SmrError(
+            f"checkpoint of {name} failed: no space left on the store's file system",
+            hint="free space there: 'smr images rm', 'smr gc'; the container goes on running as before",
+            code=Code.DISK_FULL,
             container=target.id,
         )
+    said = criu.quote_log(log) if log.exists() else stderr.strip()[-500:]
+    return SmrError(
+        f"checkpoint of {name} failed: {said}", hint=hint_for(text), code=Code.CHECKPOINT_FAILED, container=target.id, log=log
+    )
 
 
 _HINTS = (
     ("established tcp", "checkpoint with --tcp close, or --tcp established"),
-    ("No space left on device", "free space on the store's file system"),
+    ("Can't get 1:16 opt", "this kernel needs CRIU 4.2 or newer to dump sockets: run install.sh"),
     ("io_uring", "io_uring cannot be checkpointed: turn it off in the application (UV_USE_IO_URING=0 for Node.js and uvloop)"),
     ("Can't lookup mount", "a file was opened outside the container's root: give it to the container as a volume"),
     ("Can't get rlimit", "CRIU lacks the right to read limits of another user's process (CAP_SYS_RESOURCE)"),
@@ -79,10 +90,13 @@ _HINTS = (
 )
 
 
-def hint_for(log: Path) -> str:
+def hint_for(text: str) -> str:
     """The remedy for what CRIU's log says, where we know one."""
+    return next((hint for mark, hint in _HINTS if mark in text), "the container goes on running as before")
+
+
+def _read(log: Path) -> str:
     try:
-        text = log.read_text(errors="replace")
+        return log.read_text(errors="replace")
     except OSError:
         return ""
-    return next((hint for mark, hint in _HINTS if mark in text), "the container goes on running as before")
