@@ -5,10 +5,13 @@
 # Packages come from the Debian archive that the machine's own apt uses, through an apt with a state of its own, so that apt
 # verifies the archive's signature. Versions and sums are pinned in criu.lock:  PACKAGE VERSION ARCHITECTURE SHA256
 # When a point release has replaced a pinned version, the suite's present one is taken, verified by apt alone, with a warning.
+#
+# CRIU before 4.2 asks every socket for SO_PASSCRED, which Linux 6.16 and newer refuse for all but unix sockets: there a process
+# with an inet socket cannot be dumped, although `criu check` is content. Such machines get the next Debian's, of
+# criu-next.lock, until a stable Debian has a newer one.
 
 loader='' libraries='' # of the unpacked tree, set by find_libraries
-LOCK=$HERE/deploy/criu.lock
-SUITE=trixie
+KERNEL=${SMR_TEST_KERNEL:-$(uname -r)}
 KEYRING=/usr/share/keyrings/debian-archive-keyring.gpg
 export DEBIAN_FRONTEND=noninteractive
 
@@ -16,10 +19,21 @@ criu_version() { # PROGRAM: as 4.1.1, empty where there is none
     "$1" --version 2>/dev/null | sed -n 's/^Version: *v*\([0-9.]*\).*/\1/p'
 }
 
-new_enough() { # VERSION: 4.1 or newer
-    case $1 in
-        [0-3].* | 4.0* | '' | [!0-9]*) return 1 ;;
-    esac
+at_least() { # VERSION MAJOR MINOR
+    major=${1%%.*} rest=${1#*.}
+    minor=${rest%%[!0-9]*}
+    case $major$minor in '' | *[!0-9]*) return 1 ;; esac
+    [ "$major" -gt "$2" ] || { [ "$major" -eq "$2" ] && [ "${minor:-0}" -ge "$3" ]; }
+}
+
+if at_least "$KERNEL" 6 16; then
+    SUITE=forky LOCK=$HERE/deploy/criu-next.lock LEAST=4.2
+else
+    SUITE=trixie LOCK=$HERE/deploy/criu.lock LEAST=4.1
+fi
+
+new_enough() { # VERSION: what this kernel needs
+    at_least "$1" "${LEAST%.*}" "${LEAST#*.}"
 }
 
 archives() { # addresses of the archives in the machine's apt sources, those of main suites first; needs no lists
@@ -77,6 +91,17 @@ unpack_debs() { # all packages of the lock, in $TMP/tree
         fetch_deb "$package" "$version" "$sum"
         dpkg-deb -x "$deb" "$TMP/tree"
     done 6<"$TMP/lock"
+    [ -s "$TMP/unpinned" ] || return 0
+    # A newer version may need libraries that the lock does not know.
+    closure | while read -r package _; do
+        grep -q "^$package " "$TMP/lock" && continue
+        (cd "$TMP/get" && suite_apt apt-get download "$package") >"$TMP/apt/log" 2>&1 || fail "cannot fetch $package: $(tail -n 3 "$TMP/apt/log")"
+        dpkg-deb -x "$TMP"/get/*.deb "$TMP/tree" && rm -f "$TMP"/get/*.deb
+    done
+}
+
+closure() { # PACKAGE VERSION of all that criu and patchelf depend on
+    suite_apt apt-get -s --no-install-recommends install criu patchelf | sed -n 's/^Inst \([^ ]*\) (\([^ ]*\) .*/\1 \2/p'
 }
 
 tree_patchelf() { # patchelf of the machine, else the unpacked one through its own loader

@@ -80,6 +80,17 @@ def _criu(config: Config) -> Iterator[Finding]:
         )
         return
     yield Finding(code="criu", level=Level.INFO, what="CRIU", found=f"{tool.version_text} at {tool.path}", needed="4.1 or newer")
+    try:
+        criu.check_sockets(tool)
+    except SmrError as error:
+        yield Finding(
+            code="criu_sockets",
+            level=Level.ERROR,
+            what="CRIU and this kernel",
+            found=error.message,
+            needed="CRIU 4.2 or newer",
+            fix=error.hint,
+        )
     result = run([tool.path, "check"], timeout_s=60, check=False)
     if result.returncode != 0:
         yield Finding(

@@ -41,6 +41,9 @@ from smr.shim.run import run
 
 Progress = Callable[[str], None]
 _SHM = "/dev/shm"
+_NO_OVERLAY = (
+    "the root {} is not an overlay: files that the container changed are not in the image, a restore needs them in place"
+)
 # An engine that has not sent its SIGKILL by then is not waited for.
 _STOP_S = 10.0
 
@@ -85,7 +88,7 @@ def checkpoint(target: Target, name: str, config: Config, *, tcp: Tcp, stop: boo
     tool = criu.find(config)
     stages = _Stages(progress)
     with Store(config.store).ingest() as ingest, _frozen(target, stages) as freezer:
-        _capture(target, ingest, tool, tcp, stages, freezer.guard)
+        warnings = _capture(target, ingest, tool, tcp, freezer, config.log.parent)
         if not stop:
             freezer.thaw()
         with stages.stage("describe"):
@@ -96,7 +99,7 @@ def checkpoint(target: Target, name: str, config: Config, *, tcp: Tcp, stop: boo
         if stop:
             with stages.stage("stop"):
                 end_frozen(target, freezer.thaw)
-    return Result(image=image, pause_s=freezer.pause_s(), stages_s=stages.seconds)
+    return Result(image=image, pause_s=freezer.pause_s(), stages_s=stages.seconds, warnings=warnings)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -138,14 +141,16 @@ def _frozen(target: Target, stages: _Stages) -> Iterator[_Freezer]:
             freezer.thaw()
 
 
-def _capture(target: Target, ingest: Ingest, tool: Criu, tcp: Tcp, stages: _Stages, guard: Guard) -> None:
-    """Everything that needs the container to hold still."""
+def _capture(target: Target, ingest: Ingest, tool: Criu, tcp: Tcp, freezer: _Freezer, logs: Path) -> tuple[str, ...]:
+    """Everything that needs the container to hold still; returns warnings. CRIU's log of a failure is kept in `logs`."""
     folder = ingest.path / "criu"
     folder.mkdir(mode=0o700)
-    with stages.stage("dump"):
-        dump(target, folder, ingest.path / "work", options(tcp), tool, guard)
-    with stages.stage("rootfs"):
-        _capture_files(target, overlay_of(target.rootfs), ingest.path)
+    overlay = overlay_of(target.rootfs)
+    with freezer.stages.stage("dump"):
+        dump(target, folder, ingest.path / "work", options(tcp), tool, freezer.guard, logs)
+    with freezer.stages.stage("rootfs"):
+        _capture_files(target, overlay, ingest.path)
+    return () if overlay is not None or target.spec.rootfs_readonly else (_NO_OVERLAY.format(target.rootfs),)
 
 
 def end_frozen(target: Target, thaw: Callable[[], None]) -> None:

@@ -7,6 +7,7 @@ request (file-locks, shell-job, ext-unix-sk, tcp-established) would be overruled
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ from smr.shim.config import Config
 from smr.shim.run import run
 
 MINIMUM = (4, 1)
+# Linux 6.16 and newer refuse SO_PASSCRED on inet sockets, for which CRIU before 4.2 asks: nothing with a socket can be dumped.
+MINIMUM_FOR_SOCKETS = (4, 2)
 # Sent by runc and crun in every request, so only their own flags have an effect.
 RUNTIME_FLAGS = frozenset({"file-locks", "shell-job", "ext-unix-sk", "tcp-established"})
 _HINT = "run install.sh, which provides one, or set criu in /etc/smr/smr.toml"
@@ -38,8 +41,6 @@ class Criu:
 
     def environment(self, config_file: Path) -> dict[str, str]:
         """What a runtime needs to find this CRIU and the options: PATH is prepended, never replaced."""
-        import os
-
         path = os.environ.get("PATH", os.defpath)
         return {"PATH": f"{self.path.parent}:{path}", "CRIU_CONFIG_FILE": str(config_file)}
 
@@ -92,6 +93,30 @@ def _remember(cache: Path, text: str) -> None:
         write_atomic(cache, text.encode(), durable=False)
 
 
+def check_sockets(tool: Criu) -> None:
+    """Raise CRIU_TOO_OLD when this kernel does not let this CRIU dump a process that has an inet socket."""
+    if tool.version >= (*MINIMUM_FOR_SOCKETS, 0) or kernel_answers_passcred():
+        return
+    raise SmrError(
+        f"CRIU {tool.version_text} cannot dump inet sockets on Linux {os.uname().release}: needed 4.2 or newer",
+        hint=_HINT,
+        code=Code.CRIU_TOO_OLD,
+        criu=tool.path,
+    )
+
+
+def kernel_answers_passcred() -> bool:
+    """Whether an inet socket can be asked for SO_PASSCRED, as on Linux up to 6.15."""
+    import socket
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.getsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED)
+        except OSError:
+            return False
+    return True
+
+
 def write_options(path: Path, options: Mapping[str, str]) -> None:
     """Write a CRIU configuration file: an option a line, "" for a flag."""
     path.write_text("".join(f"{name} {value}".rstrip() + "\n" for name, value in options.items()))
@@ -109,3 +134,13 @@ def quote_log(log: Path, *, before: int = 2, most: int = 12) -> str:
             wanted += [index for index in range(max(0, number - before), number + 1) if index not in wanted]
     quoted = [re.sub(r"^\(\d+\.\d+\)\s*", "", lines[index].strip()) for index in wanted[:most]]
     return f"{log}: " + (" | ".join(quoted) if quoted else "no line with 'Error'")
+
+
+def keep_log(log: Path, kept: Path) -> Path:
+    """Copy a CRIU log to where it outlives its folder; returns the copy, or `log` where that was not possible."""
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(log, kept)
+    except OSError:
+        return log
+    return kept

@@ -30,7 +30,7 @@ from smr.proto.checkpoint import MOUNT_ANNOTATION, LayerType
 from smr.proto.errors import Code, SmrError
 from smr.proto.oci import Mount, Spec, parse_spec
 from smr.shim import criu, engines, mountinfo, namespaces, preflight, procs
-from smr.shim.config import Config
+from smr.shim.config import Config, load
 from smr.shim.criu import Criu
 from smr.shim.files import drop_tree, write_atomic
 from smr.shim.oci_args import RuntimeCall
@@ -258,26 +258,13 @@ def run_restore(call: RuntimeCall, image: Image, annotations: Annotations, tool:
             f"restore of {image.name} did not end within {timeout_s:.0f} s", code=Code.TIMEOUT, log=state.work_dir
         ) from error
     if status != 0:
-        log = keep_log(state)
+        log = criu.keep_log(state.work_dir / "restore.log", load().log.parent / f"restore-{state.record.id}.log")
         raise SmrError(
             f"{Path(state.record.runtime).name} restore of {image.name} failed with exit status {status}: {criu.quote_log(log)}",
             hint=f"the whole log is {log}",
             code=Code.CRIU_FAILED,
             log=log,
         )
-
-
-def keep_log(state: ContainerState) -> Path:
-    """CRIU's log of a failed restore outlives the record: it moves beside SMR's own log, one per container id."""
-    from smr.shim.config import load
-
-    target = load().log.parent / f"restore-{state.record.id}.log"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(state.work_dir / "restore.log", target)
-    except OSError:
-        return state.work_dir / "restore.log"
-    return target
 
 
 def _restore_argv(call: RuntimeCall, state: ContainerState, flags: list[str]) -> list[str]:

@@ -44,8 +44,11 @@ def checkpoint(container: str, name: str, engine: str, root: str, leave_running:
                 "container": target.id,
                 "pause_s": result.pause_s,
                 "stages_s": result.stages_s,
+                "warnings": list(result.warnings),
             }
         )
         return
+    for warning in result.warnings:
+        click.echo(f"smr: warning: {warning}", err=True)
     click.echo(f"{image.reference}  {image.digest[:19]}  {size(image.size_bytes)}  paused for {result.pause_s:.2f} s")
     click.echo(f"restore it with: smr restore {image.reference}, or annotation smr.restore={image.reference}")
