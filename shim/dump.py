@@ -81,12 +81,12 @@ def _failure(target: Target, log: Path, stderr: str) -> SmrError:
 
 
 _HINTS = (
-    ("established tcp", "checkpoint with --tcp close, or --tcp established"),
+    ("Connected TCP socket", "checkpoint with --tcp close, or --tcp established"),
     ("Can't get 1:16 opt", "this kernel needs CRIU 4.2 or newer to dump sockets: run install.sh"),
     ("io_uring", "io_uring cannot be checkpointed: turn it off in the application (UV_USE_IO_URING=0 for Node.js and uvloop)"),
     ("Can't lookup mount", "a file was opened outside the container's root: give it to the container as a volume"),
     ("Can't get rlimit", "CRIU lacks the right to read limits of another user's process (CAP_SYS_RESOURCE)"),
-    ("handle_device_vma", "a process maps a device that CRIU cannot save: end it before the checkpoint"),
+    ("Can't handle non-regular mapping", "a process maps a device that CRIU cannot save: end it before the checkpoint"),
 )
 
 

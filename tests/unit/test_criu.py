@@ -222,7 +222,7 @@ def test_engine_checkpoint(monkeypatch: pytest.MonkeyPatch, line: str, locked: b
 @pytest.mark.parametrize(
     ("text", "word"),
     [
-        ("Error (criu/sk-inet.c:188): inet: Connected TCP socket, consider using --tcp-established option", ""),
+        ("Error (criu/sk-inet.c:200): inet: Connected TCP socket, consider using --tcp-established option.", "--tcp"),
         ("Error: io_uring is not supported: io_uring fd", "UV_USE_IO_URING"),
         ("Error (criu/sockets.c:628): sockets: Can't get 1:16 opt: Operation not supported", "4.2"),
         ("Error: Can't lookup mount=7 for fd=3", "volume"),
