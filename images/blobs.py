@@ -1,11 +1,15 @@
 """Content-addressed files: `blobs/sha256/HEX`, mode 0444, each holding exactly the bytes whose sha256 is its name.
 
-Who reads a small blob as a whole gets it verified; big blobs are checked by size on the hot path and by content in `verify`.
+Who reads a small blob as a whole gets it verified. A big one is not hashed at each restore: its modification time is set to a
+time that its digest gives when its content was hashed, and any write sets another. So a blob whose time is not that one is
+hashed before it is used, and one that was only copied gets its mark again. What a disk loses without a write, `verify` finds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +72,27 @@ def check_size(path: Path, size_bytes: int, what: str) -> None:
         raise corrupt(path, what, "no file", f"{size_bytes} bytes") from None
     if found != size_bytes:
         raise corrupt(path, what, f"{found} bytes", f"{size_bytes} bytes")
+
+
+def mark(path: Path, digest: str) -> None:
+    """Note in its modification time that the blob's content has been hashed. Raises OSError."""
+    os.utime(path, ns=(path.stat().st_atime_ns, _marked_time(digest) * 1_000_000_000))
+
+
+def check_blob(path: Path, digest: str, size_bytes: int, what: str) -> None:
+    """Raise IMAGE_CORRUPT unless the blob is there, has its size, and was not written since it was hashed."""
+    check_size(path, size_bytes, what)
+    if int(path.stat().st_mtime) == _marked_time(digest):
+        return
+    if (found := digest_file(path)) != digest:
+        raise corrupt(path, what, found, digest)
+    with contextlib.suppress(OSError):  # a store that cannot be written: hashed again next time
+        mark(path, digest)
+
+
+def _marked_time(digest: str) -> int:
+    """Seconds since 1970: between 2001 and 2010, when no blob was written."""
+    return 1_000_000_000 + int(digest.removeprefix("sha256:")[:7], 16)
 
 
 def read_verified(path: Path, digest: str, what: str, *, limit_bytes: int) -> bytes:

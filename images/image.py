@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 from smr.images import criutar
-from smr.images.blobs import CONFIG_LIMIT_BYTES, MANIFEST_LIMIT_BYTES, check_size, corrupt, digest_stream, read_verified
+from smr.images.blobs import CONFIG_LIMIT_BYTES, MANIFEST_LIMIT_BYTES, check_blob, corrupt, digest_stream, read_verified
 from smr.images.files import writing
 from smr.images.manifest import CREATED_ANNOTATION, Descriptor, Manifest, parse_manifest
 from smr.proto.checkpoint import CheckpointConfig, LayerType, parse_config
@@ -107,9 +107,12 @@ class Image:
             yield LayerType(layer.media_type).name.lower(), layer
 
     def check(self) -> None:
-        """The cheap check: every blob is there with its size, manifest and config have their digests. Raises IMAGE_CORRUPT."""
+        """Every blob is there with its size and was not written since it was hashed; manifest and config have their digests.
+
+        Cheap, but for a blob that was written or copied, which is hashed. Raises IMAGE_CORRUPT.
+        """
         for what, descriptor in self.contents():
-            check_size(self.blob(descriptor.digest), descriptor.size_bytes, what)
+            check_blob(self.blob(descriptor.digest), descriptor.digest, descriptor.size_bytes, what)
         read_verified(self.blob(self.digest), self.digest, "manifest", limit_bytes=MANIFEST_LIMIT_BYTES)
         _ = self.config
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
 
-from smr.images.blobs import digest_bytes, digest_file
+from smr.images.blobs import digest_bytes, digest_file, mark
 from smr.images.checkpoint_annotations import checkpoint_annotations
 from smr.images.collect import collect
 from smr.images.files import fsync_directory, try_lock, write_file, writing
@@ -137,7 +137,7 @@ class Ingest:
         manifest = blobs[-1][1]
         try:
             for path, descriptor in blobs:
-                _place(path, self._layout.blob(descriptor.digest))
+                _place(path, self._layout.blob(descriptor.digest), descriptor.digest)
             fsync_directory(self._layout.blobs)
             self._layout.save([*others, new_entry(reference.name, reference.tag, manifest.digest, manifest.size_bytes)])
         except BaseException:
@@ -218,13 +218,14 @@ def _locked_directory(parent: Path) -> Iterator[Path]:
         os.close(fd)
 
 
-def _place(path: Path, target: Path) -> None:
+def _place(path: Path, target: Path, digest: str) -> None:
     """Rename a blob in. One that is there already with these bytes stays if it is small: somebody may hold a lease on it.
 
     A big one is replaced by its equal, which also heals a damaged one; who has the old open keeps the old.
     """
     if path.name == "manifest" and target.exists() and target.read_bytes() == path.read_bytes():
         return
+    mark(path, digest)
     path.replace(target)
 
 

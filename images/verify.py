@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
-from smr.images.blobs import Progress, check_size, corrupt, digest_file
+from smr.images.blobs import Progress, check_size, corrupt, digest_file, mark
 from smr.images.image import Image
 from smr.images.manifest import Descriptor
 from smr.proto.errors import Code, SmrError
@@ -71,6 +72,8 @@ def _problem(image: Image, what: str, descriptor: Descriptor, progress: Progress
         check_size(path, descriptor.size_bytes, what)
         if (found := digest_file(path, progress)) != descriptor.digest:
             raise corrupt(path, what, found, descriptor.digest)
+        with suppress(OSError):  # a store that cannot be written
+            mark(path, descriptor.digest)
     except SmrError as error:
         return Problem(what=what, digest=descriptor.digest, error=error)
     except OSError as error:

@@ -55,6 +55,7 @@ def restore(call: RuntimeCall, spec: Spec, annotations: Annotations, config: Con
         with state.stage("preflight"):
             tool = criu.find(config)
             preflight.compare(image.config, spec, annotations)
+            image.check()
         prefetch = start_prefetch(config, image, state)
         stack.callback(stop_prefetch, prefetch)
         with state.stage("rootfs"):
