@@ -48,7 +48,7 @@ class Containerd:
 
     def __init__(self, path: Path, node: Node, box: Sandbox, *, folder: Path | None, version: str) -> None:
         self.name = f"containerd-{version}"
-        self.path, self.node, self.namespace, self.folder = path, node, box.token, folder
+        self.path, self.node, self.namespace = path, node, box.token
         self.state = path / "state"
         self.log = path / "containerd.log"
         (path / "logs").mkdir(parents=True)
@@ -63,6 +63,7 @@ class Containerd:
             "CONTAINERD_NAMESPACE": self.namespace,
         }
         self.program = str(folder / "containerd") if folder else "containerd"
+        self.ctr = str(folder / "ctr") if folder else "ctr"
         self._execs = itertools.count()
 
     @contextlib.contextmanager
@@ -88,8 +89,7 @@ class Containerd:
 
     def __call__(self, *words: object, check: bool = True, input: str | None = None, timeout_s: float = 90) -> Done:
         """Any ctr command; the socket and namespace are in its environment."""
-        program = self.folder / "ctr" if self.folder else "ctr"
-        return run([program, *words], env=self.env, check=check, input=input, timeout_s=timeout_s)
+        return run([self.ctr, *words], env=self.env, check=check, input=input, timeout_s=timeout_s)
 
     def load(self, engines: Path) -> None:
         """Import the test image."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tests.integration.command import Done, eventually, run
@@ -24,6 +26,7 @@ class Runc:
         self.env = node.env
         self.smr: tuple[str, ...] = (str(node.bin / "smr-runtime"),)
         self.bare: tuple[str, ...] = (str(node.runtime),)
+        self._loggers: dict[Path, list[subprocess.Popen[bytes]]] = {}
         path.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, *words: object, bare: bool = False, check: bool = True, timeout_s: float = 90) -> Done:
@@ -60,15 +63,39 @@ class Runc:
         self, name: str, bundle: Path, *options: str, bare: bool = False, check: bool = True, global_options: Sequence[str] = ()
     ) -> Done:
         """`create`, the container's output in BUNDLE/output; stderr of the runtime is there too."""
-        argv = [*(self.bare if bare else self.smr), *global_options, "create", "--bundle", str(bundle), *options, name]
-        with (bundle / "output").open("ab") as output:
+        words = [*global_options, "create", "--bundle", bundle, *options, name]
+        argv = [str(word) for word in (*(self.bare if bare else self.smr), *words)]
+        with self.output(bundle) as output:
             done = subprocess.run(
                 argv, check=False, env=self.env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, timeout=90
             )
+        if done.returncode != 0:
+            self._end_loggers(bundle)
         text = (bundle / "output").read_text(errors="replace")
         if check and done.returncode != 0:
             raise AssertionError(f"{' '.join(argv)}\nexit status {done.returncode}\n{text}")
         return subprocess.CompletedProcess(argv, done.returncode, text, text)
+
+    @contextlib.contextmanager
+    def output(self, bundle: Path) -> Iterator[int]:
+        """A pipe to BUNDLE/output, as an engine's monitor gives: CRIU cannot take a file that is outside of the container."""
+        read, write = os.pipe()
+        with (bundle / "output").open("ab") as file:
+            logger = subprocess.Popen(["cat"], env=self.env, stdin=read, stdout=file)
+        self._loggers.setdefault(bundle, []).append(logger)
+        os.close(read)
+        try:
+            yield write
+        finally:
+            os.close(write)
+
+    def _end_loggers(self, bundle: Path) -> None:
+        for logger in self._loggers.pop(bundle, []):
+            try:
+                logger.wait(5)
+            except subprocess.TimeoutExpired:
+                logger.kill()
+                logger.wait()
 
     def start(
         self,
@@ -121,6 +148,7 @@ class Runc:
         """Delete and unmount; no error when it is not there."""
         self("delete", "--force", name, check=False)
         folder = self.path / name
+        self._end_loggers(folder)
         if folder.exists():
             run(["umount", folder / "rootfs"], check=False)
             shutil.rmtree(folder)

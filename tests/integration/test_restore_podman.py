@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import pty
-import select
-import signal
-import socket
-import subprocess
-import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +12,7 @@ import pytest
 from tests.integration.command import eventually
 from tests.integration.conftest import Warm, make_warm
 from tests.integration.podman import Podman
+from tests.integration.terminal import converse, on_socket, on_terminal
 
 FAIL = {"smr.fallback": "fail"}
 
@@ -35,47 +28,14 @@ def warm_with(podman: Podman, image: str, *options: str, workload: tuple[str, ..
     return make_warm(podman, image, *workload, start=False)
 
 
-@contextlib.contextmanager
-def attached(podman: Podman, name: str, *, terminal: bool) -> Iterator[int]:
-    """`podman attach`; yields one fd to write to and to read from."""
-    ours, theirs = pty.openpty()
-    if not terminal:
-        os.close(ours)
-        os.close(theirs)
-        left, right = socket.socketpair()
-        ours, theirs = left.detach(), right.detach()
-    words = ["podman", "attach", "--sig-proxy=false", name]
-    process = subprocess.Popen(words, env=podman.env, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
-    os.close(theirs)
-    try:
-        yield ours
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        os.close(ours)
-
-
-def converse(fd: int, line: str, answer: str) -> str:
-    """Say `line` until `answer` is heard."""
-    heard = ""
-    deadline = time.monotonic() + 15
-    while answer not in heard:
-        assert time.monotonic() < deadline, f"no {answer!r} in {heard!r}"
-        os.write(fd, line.encode())
-        while select.select([fd], [], [], 0.5)[0]:
-            heard += os.read(fd, 4096).decode(errors="replace")
-            if answer in heard:
-                break
-    return heard
-
-
 @pytest.mark.parametrize("terminal", [False, True], ids=["pipe", "tty"])
 def test_attach(podman: Podman, terminal: bool) -> None:
     """attach to a restored container speaks with its stdin and stdout, with a terminal and without."""
     options = ("-i", "-t") if terminal else ("-i",)
     warm = warm_with(podman, f"attach-{terminal}:1".lower(), *options, workload=("--stdin",))
     again(podman, warm, *options)
-    with attached(podman, "again", terminal=terminal) as fd:
+    speak = on_terminal if terminal else on_socket
+    with speak(["podman", "attach", "--sig-proxy=false", "again"], podman.env) as fd:
         converse(fd, "hello\n", "echo: hello")
     assert podman.ask("again", "count")["boot"] == warm.boot
 
