@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -42,7 +42,22 @@ class Finding:
 
 def check_node(config: Config) -> list[Finding]:
     """This node: rights, CRIU, runtime, engines, store."""
-    return [*_rights(), *_criu(config), *_runtime(config), *_engines(), *_store(config)]
+    looks: tuple[Callable[[], Iterator[Finding]], ...] = (
+        _rights,
+        lambda: _criu(config),
+        lambda: _runtime(config),
+        _engines,
+        lambda: _store(config),
+    )
+    return [finding for look in looks for finding in _whatever_happens(look)]
+
+
+def _whatever_happens(look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """A program that hangs or cannot be run is a finding, and no reason to look no further."""
+    try:
+        yield from look()
+    except SmrError as error:
+        yield Finding(code=error.code.value, level=Level.ERROR, what="node", found=error.message, fix=error.hint)
 
 
 def check_image(config: Config, reference: str) -> list[Finding]:
