@@ -14,7 +14,6 @@ from smr.shim import criu
 from smr.shim.criu import Criu
 from smr.shim.engines.target import Target
 from smr.shim.guard import Guard
-from smr.shim.oci_args import RuntimeCall
 
 # Unlinked files up to this size travel in the image (CRIU's own limit is 1 MiB).
 _GHOST_LIMIT = "1G"
@@ -38,12 +37,11 @@ def restore_options(tcp: Tcp) -> tuple[str, ...]:
     return tuple(name for name in options(tcp, iptables=True) if name in {"file-locks", "ext-unix-sk", "link-remap"})
 
 
-def engine_options(call: RuntimeCall) -> dict[str, str]:
+def engine_options() -> dict[str, str]:
     """Options for an engine's own checkpoint verb: what it did not ask for and cannot do harm."""
-    asked = call.option("tcp-established") is not None
     chosen = {"ghost-limit": _GHOST_LIMIT, "link-remap": ""}
-    if asked and shutil.which("iptables-restore") is None:
-        chosen["network-lock"] = "nftables"
+    if shutil.which("iptables-restore") is None:
+        chosen["network-lock"] = "nftables"  # CRIU locks by iptables when it is not told otherwise, and fails without it
     return chosen
 
 

@@ -153,6 +153,16 @@ def rewrite(state: ContainerState, image: Image, spec: Spec, annotations: Annota
         _add_mounts(state, spec, annotations)
     if image.config.bound_addresses:
         _move_addresses(state, image, spec)
+    if "user" in spec.namespaces:
+        _open_to_user_namespace(state.criu_dir)
+
+
+def _open_to_user_namespace(folder: Path) -> None:
+    """In a user namespace CRIU opens images as the container's root, who is somebody else here. The store above stays 0700."""
+    folder.chmod(0o711)
+    for file in folder.iterdir():
+        if not file.name.startswith("pages-"):  # links to blobs, which all may read
+            file.chmod(0o644)
 
 
 def _add_mounts(state: ContainerState, spec: Spec, annotations: Annotations) -> None:

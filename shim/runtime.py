@@ -350,7 +350,7 @@ def engine_checkpoint(call: RuntimeCall, config: Config) -> int:
     from smr.shim.dump import engine_options
 
     tool = criu.find(config)
-    options = engine_options(call)
+    options = engine_options()
     name = "engine-checkpoint-locked.conf" if "network-lock" in options else "engine-checkpoint.conf"
     exec_real(call, config, tool.environment(_engine_options(config, name, options)))
 

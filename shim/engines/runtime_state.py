@@ -38,7 +38,7 @@ def query(runtime: str, root: str, container_id: str) -> RuntimeState:
         )
     document = json.loads(result.stdout)
     bundle = Path(document["bundle"])
-    rootfs = Path(document.get("rootfs") or bundle / "rootfs")
+    rootfs = bundle / str(document.get("rootfs") or "rootfs")  # crun says it relative to the bundle
     return RuntimeState(
         runtime=runtime, args=args, pid=int(document["pid"]), status=document["status"], bundle=bundle, rootfs=rootfs.resolve()
     )
