@@ -11,6 +11,7 @@ import contextlib
 import os
 import shutil
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,8 +121,9 @@ def nodes(box: Sandbox, criu: Path) -> Callable[[str, Path], Node]:
 def runtimes(engines: Path) -> dict[str, Path]:
     """Paths of the real runtimes that are here: runc old and new, crun."""
     found = {name: Path(path) for name in ("runc", "crun") if (path := shutil.which(name, path=_plain_path()))}
-    if (engines / "runc-new/bin/runc").exists():
-        found["runc-new"] = engines / "runc-new/bin/runc"
+    for name in ("runc", "crun"):
+        if (engines / f"{name}-new/bin/{name}").exists():
+            found[f"{name}-new"] = engines / f"{name}-new/bin/{name}"
     return found
 
 
@@ -273,11 +275,36 @@ def lower(box: Sandbox, image_archive: Path, engines: Path) -> Path:
     return testimage.rootfs(engines, folder)
 
 
-@pytest.fixture(scope="session", params=["runc", "runc-new", "crun"])
+@pytest.fixture(scope="session")
+def unified(box: Sandbox) -> Iterator[tuple[str, ...]]:
+    """How to run a command where cgroups are v2 alone: as it is, or in a mount namespace where only that hierarchy is mounted.
+
+    Where the controllers belong to v1, that hierarchy has none: no limits, but everything else is as on v2.
+    """
+    if Path("/sys/fs/cgroup/cgroup.controllers").exists():
+        yield ()
+        return
+    if not Path("/sys/fs/cgroup/unified").is_dir():
+        pytest.skip("no cgroup v2 hierarchy is mounted here")
+    script = "mount --rbind /sys/fs/cgroup/unified /sys/fs/cgroup && echo done && exec sleep infinity"
+    argv = ["unshare", "--mount", "--propagation", "slave", "sh", "-c", script]
+    with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        try:
+            if holder.stdout.readline() != b"done\n":
+                pytest.skip("the cgroup v2 hierarchy cannot be mounted alone here")
+            yield ("nsenter", f"--mount=/proc/{holder.pid}/ns/mnt")
+        finally:
+            holder.kill()
+
+
+@pytest.fixture(scope="session", params=["runc", "runc-new", "runc-new-unified", "crun-new-unified"])
 def runc(request: pytest.FixtureRequest, machine: Machine, lower: Path) -> Runc:
-    """A runtime driven by hand: runc old and new, crun where it can run."""
-    node = machine.node(request.param, machine.runtime(request.param))
-    instance = Runc(machine.box.base / f"bundles-{request.param}", node, machine.box, lower)
+    """A runtime driven by hand: runc old and new on this machine's cgroups, runc and crun on cgroup v2."""
+    name = request.param.removesuffix("-unified")
+    prefix = request.getfixturevalue("unified") if name != request.param else ()
+    node = machine.node(request.param, machine.runtime(name))
+    instance = Runc(machine.box.base / f"bundles-{request.param}", node, machine.box, lower, prefix)
     folder = instance.bundle("probe", "true")
     probe = instance.create("probe", folder, bare=True, check=False)
     instance("delete", "--force", "probe", bare=True, check=False)
@@ -286,6 +313,32 @@ def runc(request: pytest.FixtureRequest, machine: Machine, lower: Path) -> Runc:
         pytest.skip(f"{request.param} cannot create a container here: {probe.stderr.strip()}")
     _started.append(instance)
     return instance
+
+
+@pytest.fixture(scope="session")
+def restoring_runc(runc: Runc) -> Runc:
+    """A runtime that by itself can checkpoint and restore here."""
+    name, images = "probe", str(runc.path.with_name(f"{runc.path.name}-probe"))
+    runc.env = {**runc.env, "PATH": f"{runc.node.criu_folder}:{runc.env['PATH']}"}
+    try:
+        runc.start(name, bare=True)
+        runc.ready(name)
+        runc("checkpoint", "--image-path", images, "--work-path", images, name, bare=True)
+        runc("delete", "--force", name, bare=True, check=False)
+        words = ["restore", "--detach", "--bundle", runc.path / name, "--image-path", images, "--work-path", images, name]
+        with runc.output(runc.path / name) as output:
+            argv = [str(word) for word in (*runc.bare, *words)]
+            done = subprocess.run(
+                argv, check=False, env=runc.env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, timeout=60
+            )
+        if done.returncode != 0:
+            pytest.skip(f"{runc.bare[-1]} by itself cannot restore here: {runc.logs(name).strip().splitlines()[-1]}")
+    finally:
+        runc.env = runc.node.env
+        runc("delete", "--force", name, bare=True, check=False)
+        runc.remove(name)
+        shutil.rmtree(images, ignore_errors=True)
+    return runc
 
 
 @pytest.fixture(autouse=True)

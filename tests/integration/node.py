@@ -42,6 +42,9 @@ class Node:
             **self.settings,
             "PATH": f"{self.bin}:{path / 'runtime'}:{search}",
         }
+        self.criu_folder = path / "criu"
+        self.criu_folder.mkdir()
+        (self.criu_folder / "criu").symlink_to(criu)
         self._install()
 
     def _install(self) -> None:

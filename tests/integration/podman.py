@@ -82,11 +82,8 @@ class Podman:
 
     def with_criu(self, *words: object, check: bool = True) -> Done:
         """A podman command that finds our CRIU on PATH: podman itself asks it for its version before it calls the runtime."""
-        folder = self.path / "criu"
-        if not folder.exists():
-            folder.mkdir()
-            (folder / "criu").symlink_to(self.node.criu)
-        return run(["podman", *words], env={**self.env, "PATH": f"{folder}:{self.env['PATH']}"}, check=check)
+        path = f"{self.node.criu_folder}:{self.env['PATH']}"
+        return run(["podman", *words], env={**self.env, "PATH": path}, check=check)
 
     def load(self, engines: Path) -> None:
         """Load the test image."""

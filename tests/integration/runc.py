@@ -18,14 +18,17 @@ Edit = Callable[[dict[str, object]], None]
 
 
 class Runc:
-    """One runtime binary (runc or crun), bare or with smr-runtime in front. `lower` is the unpacked test image."""
+    """One runtime binary (runc or crun), bare or with smr-runtime in front. `lower` is the unpacked test image.
 
-    def __init__(self, path: Path, node: Node, box: Sandbox, lower: Path) -> None:
+    `prefix` runs every command in another place, such as a mount namespace.
+    """
+
+    def __init__(self, path: Path, node: Node, box: Sandbox, lower: Path, prefix: Sequence[str] = ()) -> None:
         self.name = node.runtime.name
         self.path, self.node, self.box, self.lower = path, node, box, lower
-        self.env = node.env
-        self.smr: tuple[str, ...] = (str(node.bin / "smr-runtime"),)
-        self.bare: tuple[str, ...] = (str(node.runtime),)
+        self.env, self.prefix = node.env, tuple(prefix)
+        self.smr: tuple[str, ...] = (*prefix, str(node.bin / "smr-runtime"))
+        self.bare: tuple[str, ...] = (*prefix, str(node.runtime))
         self._loggers: dict[Path, list[subprocess.Popen[bytes]]] = {}
         path.mkdir(parents=True, exist_ok=True)
 
@@ -160,4 +163,5 @@ class Runc:
 
     def checkpoint(self, name: str, image: str, *words: str, check: bool = True) -> Done:
         """`smr checkpoint` of a container of this runtime."""
-        return self.node.smr("checkpoint", name, "-n", image, "--engine", "runc", *words, check=check)
+        argv = [*self.prefix, self.node.bin / "smr", "checkpoint", name, "-n", image, "--engine", "runc", *words]
+        return run(argv, env=self.env, check=check)

@@ -122,6 +122,7 @@ def sandbox() -> Iterator[Sandbox]:
     run(["mount", "-t", "tmpfs", "-o", "mode=1777", f"tmpfs-{token}", "/dev/shm"])  # podman keeps its locks there
     Path("/run/lock").mkdir()
     base = Path(tempfile.mkdtemp(prefix=f"{token}-", dir="/var/tmp"))
+    base.chmod(0o755)  # for containers in a user namespace
     (base / "tmp").mkdir()
     box = Sandbox(base=base, token=token)
     try:
