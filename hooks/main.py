@@ -35,9 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     if len(arguments) != 1 or arguments[0] not in stages:
         print(f"usage: smr-hook {'|'.join(stages)} <JSON", file=sys.stderr)  # noqa: T201
         return 2
-    text = sys.stdin.read()
+    text = sys.stdin.buffer.read()
     if arguments[0] == "precreate":
-        sys.stdout.write(text)
+        sys.stdout.buffer.write(text)
         sys.stdout.flush()
     try:
         stages[arguments[0]](as_object(json.loads(text), "standard input"), settings.load())

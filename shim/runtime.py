@@ -241,7 +241,7 @@ def _is_another(call: RuntimeCall, config: Config, state: ContainerState) -> boo
     if state.task_alive():
         return False
     found = subprocess.run([real_runtime(config), *call.global_args, "state", call.id], capture_output=True, check=False)
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, SmrError):
         return as_object(json.loads(found.stdout), "state").get("pid") not in {0, None, state.record.pid}
     return False
 
