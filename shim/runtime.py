@@ -264,11 +264,15 @@ def kill(call: RuntimeCall, config: Config) -> int:
     """A created container has run nothing that could handle a signal: one that asks it to end, ends it."""
     asked = call.rest[0] if call.rest else "TERM"
     state = find(config.run, call.root, call.id)
-    if asked.upper() not in _FATAL or state is None or not state.task_alive():
+    if asked.upper() not in _FATAL or state is None:
         exec_real(call, config)
     options = [f"--{name}" for name, _ in call.options]
     words = [*call.global_args, "kill", *options, call.id, "KILL"]
-    return subprocess.run([real_runtime(config), *words], check=False).returncode
+    # A start that is under way holds the lock: after it the container handles its signals itself.
+    with state.locked():
+        if state.record.status is not Status.CREATED or not state.task_alive():
+            exec_real(call, config)
+        return subprocess.run([real_runtime(config), *words], check=False).returncode
 
 
 def delete(call: RuntimeCall, config: Config) -> int:

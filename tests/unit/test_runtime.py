@@ -117,6 +117,15 @@ def test_signal_that_ends_ends_a_created_container(config: Config, monkeypatch: 
     assert calls == [["/usr/bin/runc", "kill", "--all", "c1", "KILL"]]
 
 
+def test_signal_to_a_container_that_has_just_started(config: Config) -> None:
+    """The record under the lock counts, not what was there before a start that was under way."""
+    started = alive(config)
+    started.record.status = Status.RESTORED
+    started.save()
+    with pytest.raises(BecameError):
+        dispatch(config, "kill c1 TERM")
+
+
 @pytest.mark.parametrize("signal", ["KILL", "9", "USR1", "CONT", "SIGRTMIN+3"])
 def test_other_signals_are_passed_on(config: Config, signal: str) -> None:
     """Untouched."""
