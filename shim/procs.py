@@ -121,12 +121,17 @@ def same(pid: int, started_s: float) -> bool:
 
 
 def started(pid: int) -> float:
-    """When a process began, in seconds since boot (field 22 of /proc/PID/stat); 0.0 when it is gone."""
+    """When a process began, in seconds since boot; 0.0 when it is gone."""
+    return start_ticks(pid) / os.sysconf("SC_CLK_TCK")
+
+
+def start_ticks(pid: int) -> int:
+    """The same in clock ticks, field 22 of /proc/PID/stat."""
     try:
         text = (PROC / str(pid) / "stat").read_text(errors="replace")
     except OSError:
-        return 0.0
-    return int(text.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return 0
+    return int(text.rpartition(")")[2].split()[19])
 
 
 def kill_pending(pid: int) -> bool:

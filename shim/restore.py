@@ -19,8 +19,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from smr.images.image import Image
@@ -34,6 +34,7 @@ from smr.shim.config import Config, load
 from smr.shim.criu import Criu
 from smr.shim.files import drop_tree, write_atomic
 from smr.shim.oci_args import RuntimeCall
+from smr.shim.resume import write_marker
 from smr.shim.state import ContainerState, Status
 
 _RESTORE_FLAGS = ("console-socket", "no-pivot", "pid-file")
@@ -46,8 +47,9 @@ _BYTES_PER_S = 50e6
 
 def restore(call: RuntimeCall, spec: Spec, annotations: Annotations, config: Config, state: ContainerState) -> None:
     """Restore into the bundle of `call`, leaving the tree stopped. Raises SmrError with nothing undone: the caller undoes."""
-    with ThreadPoolExecutor(max_workers=1) as pool, contextlib.ExitStack() as stack:
-        source = pool.submit(engines.source_of_bundle, call.bundle, call.id)
+    with contextlib.ExitStack() as stack:
+        source = _SourceLookup(call)
+        stack.callback(source.join)
         with state.stage("locate"):
             image = stack.enter_context(Store(config.store).leased(annotations.restore))
             state.record.digest = image.digest
@@ -74,7 +76,7 @@ def restore(call: RuntimeCall, spec: Spec, annotations: Annotations, config: Con
             if annotations.rootfs is Check.CHECK:
                 _check_source(image, source)
         state.record.status = Status.CREATED
-        state.created_marker.touch()
+        write_marker(state)
         state.save()
 
 
@@ -299,9 +301,23 @@ def _pid(call: RuntimeCall, state: ContainerState) -> int:
         raise SmrError(f"the runtime left no pid in {path}", code=Code.RUNTIME_FAILED) from error
 
 
-def _check_source(image: Image, source: Future[tuple[str, str]]) -> None:
-    name, digest = source.result()
-    preflight.check_source(image.config, name, digest)
+class _SourceLookup(threading.Thread):
+    """Which image the container is of, asked of its engine beside the restore."""
+
+    def __init__(self, call: RuntimeCall) -> None:
+        super().__init__(name="smr-source", daemon=True)
+        self.found = ("", "")
+        self._call = call
+        self.start()
+
+    def run(self) -> None:
+        """Ask; no answer is no error."""
+        self.found = engines.source_of_bundle(self._call.bundle, self._call.id)
+
+
+def _check_source(image: Image, source: _SourceLookup) -> None:
+    source.join()
+    preflight.check_source(image.config, *source.found)
 
 
 def mounts_below(rootfs: str) -> tuple[str, ...]:

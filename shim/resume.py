@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import time
+from pathlib import Path
 
 from smr.proto.errors import Code, SmrError
+from smr.shim import config as settings
 from smr.shim import procs
 from smr.shim.config import Config
-from smr.shim.files import drop_tree
+from smr.shim.files import drop_tree, write_atomic
 from smr.shim.log import canonical_line
-from smr.shim.state import ContainerState, Status
+from smr.shim.state import ContainerState, Stage, Status, load_path
 
 
 def resume(state: ContainerState) -> None:
@@ -29,14 +32,48 @@ def resume(state: ContainerState) -> None:
             if process.ns_pid not in state.record.stopped_pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process.pid, signal.SIGCONT)
+    _started(state)
+    with contextlib.suppress(FileNotFoundError):
+        state.created_marker.unlink()
+
+
+def _started(state: ContainerState) -> None:
+    """Keep of the record what is worth knowing of a container that runs."""
     state.record.status = Status.RESTORED
     drop_tree(state.criu_dir)
     drop_tree(state.undo_dir)
     state.record.undo_rootfs = False
     state.record.undo_tmpfs = ()
     state.save()
-    with contextlib.suppress(FileNotFoundError):
-        state.created_marker.unlink()
+
+
+def write_marker(state: ContainerState) -> None:
+    """Name the processes to wake, children first, with the start of the first one's life: shim/bin/smr-runtime wakes them."""
+    tree = procs.tree(state.record.pid)
+    pids = [process.pid for process in reversed(tree) if process.ns_pid not in state.record.stopped_pids]
+    write_atomic(
+        state.created_marker, f"{procs.start_ticks(state.record.pid)}\n{' '.join(map(str, pids))}\n".encode(), durable=False
+    )
+
+
+def finish(path: Path, config: Config, woken: tuple[float, float]) -> None:
+    """The rest of a start that the sh part has made: record and log. `woken` are seconds since boot, to hundredths."""
+    state = load_path(path)
+    if state is None:
+        return
+    with state.locked():
+        if state.record.status is not Status.CREATED:
+            return
+        began, ended = (moment - state.record.started_boottime for moment in woken)
+        state.record.stages.append(Stage(name="start", start_s=round(began, 6), end_s=round(ended, 6)))
+        _started(state)
+    _report(state, config)
+
+
+def main(argv: list[str]) -> None:
+    """PATH BEFORE AFTER, from shim/bin/smr-runtime, in the background."""
+    os.setsid()
+    finish(Path(argv[0]), settings.load(), (float(argv[1]), float(argv[2])))
 
 
 def report(state: ContainerState, config: Config) -> None:
@@ -48,16 +85,24 @@ def report(state: ContainerState, config: Config) -> None:
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):
             os.dup2(null, fd)
-        record = state.record
-        canonical_line(
-            config.log,
-            "restored",
-            container=record.id,
-            image=record.image,
-            digest=record.digest,
-            pid=record.pid,
-            stages_s=record.stages_s(),
-            total_s=round(time.monotonic() - record.started_monotonic, 6),
-        )
+        _report(state, config)
     finally:
         os._exit(0)
+
+
+def _report(state: ContainerState, config: Config) -> None:
+    record = state.record
+    canonical_line(
+        config.log,
+        "restored",
+        container=record.id,
+        image=record.image,
+        digest=record.digest,
+        pid=record.pid,
+        stages_s=record.stages_s(),
+        total_s=round(time.monotonic() - record.started_monotonic, 6),
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
