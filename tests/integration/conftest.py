@@ -40,6 +40,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.timeout(180))
 
 
+def boxes() -> list[Sandbox]:
+    """The sandbox, once there is one."""
+    return list(_boxes)
+
+
 @pytest.fixture(scope="session")
 def engines() -> Path:
     """Where `dev/provision` has unpacked the newer programs and the packages of the test image."""
