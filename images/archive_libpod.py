@@ -56,6 +56,7 @@ def config_dump(image: Image, spec: Json, inspect: Layer | None) -> Json:
         "stopSignal": _SIGTERM,
         "stopTimeout": 10,
         "createdTime": image.created,
+        "checkpointedTime": image.created,
         "runtime": runtime_name(image),
         "cgroupsMode": "enabled",
         "cgroupParent": "",

@@ -8,11 +8,11 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from pathlib import Path
 
 from smr.proto.errors import SmrError
-from smr.shim import criu, preflight
+from smr.shim import criu, preflight, procs
 from smr.shim.config import Config
+from smr.shim.engines import podman
 from smr.shim.run import run
 
 
@@ -73,8 +73,7 @@ def _rights() -> Iterator[Finding]:
         yield Finding(
             code="root", level=Level.ERROR, what="rights", found=f"uid {os.geteuid()}", needed="root", fix="run as root (sudo)"
         )
-    bits = next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff"))
-    if not int(bits, 16) >> 24 & 1:
+    if not procs.has_capability(procs.CAP_SYS_RESOURCE):
         yield Finding(
             code="cap_sys_resource",
             level=Level.WARNING,
@@ -134,10 +133,10 @@ def _runtime(config: Config) -> Iterator[Finding]:
 
 def _engines() -> Iterator[Finding]:
     """Which engines are there, and whether they know us."""
-    if (path := shutil.which("podman")) is None:
+    if shutil.which(podman.command()[0]) is None:
         yield Finding(code="podman", level=Level.INFO, what="podman", found="not installed")
     else:
-        yield from _podman(path)
+        yield from _podman()
     if shutil.which("containerd") is None:
         yield Finding(code="containerd", level=Level.INFO, what="containerd", found="not installed")
     elif shutil.which("containerd-shim-smr-v1") is None:
@@ -151,8 +150,8 @@ def _engines() -> Iterator[Finding]:
         )
 
 
-def _podman(path: str) -> Iterator[Finding]:
-    result = run([path, "--runtime", "smr", "info", "--format", "{{.Host.OCIRuntime.Path}}"], timeout_s=60, check=False)
+def _podman() -> Iterator[Finding]:
+    result = run([*podman.command(), "--runtime", "smr", "info", "--format", "{{.Host.OCIRuntime.Path}}"], timeout_s=60, check=False)
     if result.returncode != 0:
         yield Finding(
             code="podman_runtime",

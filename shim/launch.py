@@ -14,12 +14,12 @@ from smr.proto.annotations import RESTORE
 from smr.proto.checkpoint import CheckpointConfig
 from smr.proto.errors import Code, SmrError
 from smr.proto.oci import Mount, Spec, parse_spec
+from smr.shim import procs
 from smr.shim.engines import containerd, podman
 from smr.shim.preflight import ENGINE_FILES
 
 # Where engines keep what they bind into containers by themselves.
 _ENGINE_SOURCES = ("/var/lib/containers/", "/run/containers/", "/run/containerd/", "/var/lib/containerd/", "/run/netns/")
-_CAP_SYS_RESOURCE = 24
 
 
 def command(image: str, facts: CheckpointConfig, engine: str, name: str, extra: Sequence[str]) -> list[str]:
@@ -43,7 +43,7 @@ def _podman(image: str, facts: CheckpointConfig, spec: Spec, name: str, extra: S
     words += ["--tty"] if spec.terminal else []
     words += ["--network", "host"] if "network" not in spec.namespaces else []
     words += ["--read-only"] if spec.rootfs_readonly else []
-    if not _has_capability(_CAP_SYS_RESOURCE):
+    if not procs.has_capability(procs.CAP_SYS_RESOURCE):
         words += ["--ulimit", "nofile=20000:20000", "--ulimit", "nproc=20000:20000"]
     for mount in user_mounts(spec, facts.source.container_id):
         words += ["--volume", f"{mount.source}:{mount.destination}" + (":ro" if "ro" in mount.options else "")]
@@ -87,8 +87,3 @@ def _source(facts: CheckpointConfig, rootfs_flag: list[str]) -> list[str]:
             code=Code.SOURCE_MISMATCH,
         )
     return [*rootfs_flag, root]
-
-
-def _has_capability(number: int) -> bool:
-    bits = next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff"))
-    return bool(int(bits, 16) >> number & 1)

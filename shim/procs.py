@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROC = Path("/proc")
+CAP_SYS_RESOURCE = 24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,3 +143,10 @@ def kill_pending(pid: int) -> bool:
         return False
     bit = 1 << (signal.SIGKILL - 1)
     return any(int(line.split()[1], 16) & bit for line in lines if line.startswith(("SigPnd:", "ShdPnd:")))
+
+
+def has_capability(number: int) -> bool:
+    """Whether this process has a capability in effect (capability.h)."""
+    lines = (PROC / "self/status").read_text().splitlines()
+    bits = next(line.split()[1] for line in lines if line.startswith("CapEff"))
+    return bool(int(bits, 16) >> number & 1)

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from smr.proto.errors import Code, SmrError
+from smr.shim import procs
 from smr.shim.config import Config
 from smr.shim.run import environment, run, tail
 
-_CAP_SYS_RESOURCE = 24
 _START_S = 120.0
 
 
@@ -159,7 +159,7 @@ class Podman:
 def podman_conf(base: Path, node: Node) -> str:
     """containers.conf of a podman that keeps everything in `base`, with smr-runtime as BASE/smr-runtime."""
     systemd = Path("/run/systemd/system").is_dir()
-    ulimits = "" if has_capability(_CAP_SYS_RESOURCE) else f"default_ulimits = [{_own_limits()}]\n"
+    ulimits = "" if procs.has_capability(procs.CAP_SYS_RESOURCE) else f"default_ulimits = [{_own_limits()}]\n"
     return (
         f'[containers]\nlog_driver = "k8s-file"\n{ulimits}'
         f'[engine]\ncgroup_manager = "{"systemd" if systemd else "cgroupfs"}"\nevents_logger = "file"\nlock_type = "file"\n'
@@ -176,12 +176,6 @@ def runtime_script(node: Node) -> str:
 
     lines = [f"export {key}={quote(value)}" for key, value in node.env.items()]
     return "\n".join(["#!/bin/sh", *lines, f'exec {quote(str(node.bin / "smr-runtime"))} "$@"', ""])
-
-
-def has_capability(number: int) -> bool:
-    """Whether this process has a capability; without CAP_SYS_RESOURCE podman cannot raise the limits it wants to raise."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff"))
-    return bool(int(line.split()[1], 16) >> number & 1)
 
 
 def _own_limits() -> str:

@@ -87,7 +87,7 @@ def test_probe_uses_the_stock_runtime(node, start, kind, word):
 @pytest.mark.parametrize("capable", [True, False])
 def test_podman_configuration_is_toml_within_its_folder(node, tmp_path, monkeypatch, capable):
     """Every path podman writes to lies in the demo's folder; limits are lowered only where we may not raise them."""
-    monkeypatch.setattr(engines, "has_capability", lambda number: capable)
+    monkeypatch.setattr(engines.procs, "has_capability", lambda number: capable)
     base = node.base / "podman"
     document = tomllib.loads(podman_conf(base, node))
     for key in ("static_dir", "tmp_dir", "volume_path"):

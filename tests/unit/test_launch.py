@@ -33,7 +33,7 @@ CONFIG = CheckpointConfig(
 @pytest.fixture(autouse=True)
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same command on every machine."""
-    monkeypatch.setattr(launch, "_has_capability", lambda _: True)
+    monkeypatch.setattr(launch.procs, "has_capability", lambda _: True)
     for name in ("SMR_PODMAN", "SMR_CTR", "CONTAINERD_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
 
@@ -85,7 +85,7 @@ def test_what_the_checkpoint_had(engine: str, document: dict[str, object], flag:
 def test_limits_where_the_capability_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     """podman raises limits, which needs CAP_SYS_RESOURCE."""
     assert "--ulimit" not in launch.command("llama", CONFIG, "podman", "c", ())
-    monkeypatch.setattr(launch, "_has_capability", lambda _: False)
+    monkeypatch.setattr(launch.procs, "has_capability", lambda _: False)
     assert launch.command("llama", CONFIG, "podman", "c", ()).count("--ulimit") == 2
 
 
