@@ -15,6 +15,8 @@ from smr.shim.config import Config
 from smr.shim.engines import podman
 from smr.shim.run import run
 
+_PATH = "{{.Host.OCIRuntime.Path}}"
+
 
 class Level(StrEnum):
     """An ERROR stops restores; a WARNING stops some."""
@@ -151,7 +153,9 @@ def _engines() -> Iterator[Finding]:
 
 
 def _podman() -> Iterator[Finding]:
-    result = run([*podman.command(), "--runtime", "smr", "info", "--format", "{{.Host.OCIRuntime.Path}}"], timeout_s=60, check=False)
+    result = run(
+        [*podman.command(), "--runtime", "smr", "info", "--format", "{{.Host.OCIRuntime.Path}}"], timeout_s=60, check=False
+    )
     if result.returncode != 0:
         yield Finding(
             code="podman_runtime",

@@ -18,7 +18,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -89,10 +89,13 @@ def checkpoint(target: Target, name: str, config: Config, *, tcp: Tcp, stop: boo
     stages = _Stages(progress)
     with Store(config.store).ingest() as ingest, _frozen(target, stages) as freezer:
         warnings = _capture(target, ingest, tool, tcp, freezer, config.log.parent)
+        # While it holds still: afterwards it may open other sockets than those of the image, or end.
+        addresses = _addresses(target)
         if not stop:
             freezer.thaw()
         with stages.stage("describe"):
-            facts = _describe(target, ingest.path / "criu", tool, tcp, freezer.pause_s(), stages.seconds)
+            facts = _describe(target, ingest.path / "criu", tool, tcp, addresses)
+            facts = replace(facts, pause_s=freezer.pause_s(), stages_s=dict(stages.seconds))
         with stages.stage("commit"):
             _add_layers(target, ingest)
             image = ingest.commit(name, facts)
@@ -135,7 +138,9 @@ def _frozen(target: Target, stages: _Stages) -> Iterator[_Freezer]:
         try:
             with stages.stage("freeze"):
                 if not was_paused:
-                    run(target.runtime_command("pause", target.id), timeout_s=60, code=Code.CHECKPOINT_FAILED)
+                    pause = target.runtime_command("pause", target.id)
+                    # The guard waits for it: a resume before its end would leave the container frozen.
+                    run(pause, timeout_s=60, code=Code.CHECKPOINT_FAILED, pass_fds=guard.pass_fds)
             yield freezer
         finally:
             freezer.thaw()
@@ -217,10 +222,18 @@ def _add_layers(target: Target, ingest: Ingest) -> None:
         ingest.add(file, LayerType.ENGINE, title=name)
 
 
-def _describe(target: Target, folder: Path, tool: Criu, tcp: Tcp, pause_s: float, stages_s: dict[str, float]) -> CheckpointConfig:
+def _addresses(target: Target) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Addresses of the container's own network namespace, and those that its sockets are bound to."""
+    if "network" not in target.spec.namespaces:
+        return (), ()
+    return network.addresses(target.pid), network.bound_addresses(target.pid)
+
+
+def _describe(
+    target: Target, folder: Path, tool: Criu, tcp: Tcp, addresses: tuple[tuple[str, ...], tuple[str, ...]]
+) -> CheckpointConfig:
     from smr.images.criu_files import tasks
 
-    own_network = "network" in target.spec.namespaces
     return CheckpointConfig(
         created=datetime.now(UTC).isoformat(timespec="milliseconds"),
         host=_host(target, tool),
@@ -235,13 +248,11 @@ def _describe(target: Target, folder: Path, tool: Criu, tcp: Tcp, pause_s: float
         spec=target.spec.document,
         external_mounts=external_destinations(target.spec.document),
         tasks=tasks(folder),
-        addresses=network.addresses(target.pid) if own_network else (),
-        bound_addresses=network.bound_addresses(target.pid) if own_network else (),
+        addresses=addresses[0],
+        bound_addresses=addresses[1],
         tcp=tcp.value,
         criu_options=restore_options(tcp),
         memory_bytes=sum(file.stat().st_size for file in folder.glob("pages-*.img")),
-        pause_s=pause_s,
-        stages_s=dict(stages_s),
     )
 
 

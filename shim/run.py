@@ -1,6 +1,6 @@
 """The one way to run another program: argument list, timeout, scrubbed environment, the end of stderr in the error.
 
-Nothing is inherited by accident: stdin is empty unless `input_text` is given. Programs that are killed by the timeout
+Nothing is inherited by accident: stdin is empty unless `input_text` is given, descriptors are named. Programs that are killed by the timeout
 are reaped. For engines and runtimes that must keep the caller's stdio, `smr.shim.runtime` calls subprocess itself and says why.
 """
 
@@ -36,6 +36,7 @@ def run(
     code: Code = Code.INTERNAL,
     missing_code: Code | None = None,
     check: bool = True,
+    pass_fds: Sequence[int] = (),
 ) -> subprocess.CompletedProcess[str]:
     """Run `argv` to its end and return its result with stdout and stderr as text.
 
@@ -54,6 +55,7 @@ def run(
             check=False,
             env=environment(env),
             cwd=cwd,
+            pass_fds=pass_fds,
         )
     except OSError as error:
         raise SmrError(f"cannot run {words[0]}: {error.strerror}", code=missing_code or code, program=words[0]) from error
