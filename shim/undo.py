@@ -99,11 +99,15 @@ def _remove_runtime_dir(folder: Path) -> None:
 
 
 def _remove_criu_roots(state: ContainerState) -> None:
-    """CRIU makes /tmp/.criu.mntns.XXXXXX for its mounts. Only the names in this restore's log are ours to remove."""
+    """CRIU mounts a tmpfs on /tmp/.criu.mntns.XXXXXX; where / is a shared mount, as systemd makes it, that reaches the host's.
+
+    Only the names in this restore's log are ours to remove.
+    """
     with contextlib.suppress(FileNotFoundError):
         text = (state.work_dir / "restore.log").read_text(errors="replace")
         for name in set(re.findall(r"/tmp/\.criu\.mntns\.\w{6}", text)):
             with contextlib.suppress(OSError):
+                unmount(Path(name))
                 Path(name).rmdir()
 
 
