@@ -1,7 +1,8 @@
 """The one way to run another program: argument list, timeout, scrubbed environment, the end of stderr in the error.
 
-Nothing is inherited by accident: stdin is empty unless `input_text` is given, descriptors are named. Programs that are killed by the timeout
-are reaped. For engines and runtimes that must keep the caller's stdio, `smr.shim.runtime` calls subprocess itself and says why.
+Nothing is inherited by accident: stdin is empty unless `input_text` is given, descriptors are named. Programs that are killed
+by the timeout are reaped. For engines and runtimes that must keep the caller's stdio, `smr.shim.runtime` calls subprocess
+itself and says why.
 """
 
 from __future__ import annotations
