@@ -51,6 +51,8 @@ def summary_of(state: ContainerState) -> Summary:
     """One container."""
     record = state.record
     status = record.status.value
+    if record.status is Status.CREATED and not state.waits_for_start():
+        status = Status.RESTORED.value
     if record.status in {Status.CREATED, Status.RESTORED} and not state.task_alive():
         status = "exited"
     if record.status is Status.RESTORING and not state.owner_alive():

@@ -253,7 +253,8 @@ def show_state(call: RuntimeCall, config: Config) -> int:
     state = find(config.run, call.root, call.id)
     with contextlib.suppress(ValueError, SmrError):
         document = as_object(json.loads(output), "state")
-        if document.get("status") == "running" and state is not None and document.get("pid") == state.record.pid:
+        stopped = state is not None and state.waits_for_start() and document.get("pid") == state.record.pid
+        if stopped and document.get("status") == "running":
             output = json.dumps({**document, "status": "created"}, indent=2).encode()
     sys.stdout.buffer.write(output)
     sys.stdout.flush()
@@ -270,7 +271,7 @@ def kill(call: RuntimeCall, config: Config) -> int:
     words = [*call.global_args, "kill", *options, call.id, "KILL"]
     # A start that is under way holds the lock: after it the container handles its signals itself.
     with state.locked():
-        if state.record.status is not Status.CREATED or not state.task_alive():
+        if not state.waits_for_start() or not state.task_alive():
             exec_real(call, config)
         return subprocess.run([real_runtime(config), *words], check=False).returncode
 

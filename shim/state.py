@@ -179,6 +179,10 @@ class ContainerState:
         """Whether the process that began the record exists: the create, also after it became the real runtime."""
         return procs.same(self.record.owner_pid, self.record.owner_started)
 
+    def waits_for_start(self) -> bool:
+        """Whether it is restored and stopped. `start` drops the marker at once, and writes the record when there is time."""
+        return self.record.status is Status.CREATED and self.created_marker.exists()
+
     def task_alive(self) -> bool:
         """Whether the restored container's first process exists."""
         return procs.same(self.record.pid, self.record.pid_started)

@@ -117,11 +117,15 @@ def test_signal_that_ends_ends_a_created_container(config: Config, monkeypatch: 
     assert calls == [["/usr/bin/runc", "kill", "--all", "c1", "KILL"]]
 
 
-def test_signal_to_a_container_that_has_just_started(config: Config) -> None:
-    """The record under the lock counts, not what was there before a start that was under way."""
+@pytest.mark.parametrize("marker", [True, False])
+def test_signal_to_a_container_that_has_just_started(config: Config, marker: bool) -> None:
+    """start drops the marker and writes the record: from the first of them on the container handles its signals itself."""
     started = alive(config)
-    started.record.status = Status.RESTORED
-    started.save()
+    if marker:
+        started.record.status = Status.RESTORED
+        started.save()
+    else:
+        started.created_marker.unlink()
     with pytest.raises(BecameError):
         dispatch(config, "kill c1 TERM")
 

@@ -268,3 +268,14 @@ def test_stages_count_from_the_start(tmp_path: Path) -> None:
     (stage,) = state.record.stages
     assert stage.name == "rootfs"
     assert 0 <= stage.start_s <= stage.end_s
+
+
+def test_created_until_start_drops_the_marker(tmp_path: Path) -> None:
+    """The sh part of start drops it at once; the record follows in the background."""
+    state = begin(tmp_path, record())
+    state.created_marker.touch()
+    assert not state.waits_for_start()
+    state.record.status = Status.CREATED
+    assert state.waits_for_start()
+    state.created_marker.unlink()
+    assert not state.waits_for_start()
