@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.integration.command import eventually
 from tests.integration.recorder import Recorder
 
 ODD = [
@@ -203,3 +206,50 @@ def test_runtime_that_is_not_there_is_said_by_python(node: Recorder, named: str)
     """In the log that the engine reads, not by the shell."""
     node("smr-runtime", "--log", "/l", "list", env={"SMR_RUNTIME": named})
     assert node.all_called() == {"python3"}
+
+
+def test_start_wakes_the_tree_without_python(node: Recorder) -> None:
+    """The marker names the processes: they get SIGCONT before the call ends; the record follows in the background."""
+    keep(node, "c1", created=True)
+    marker = node.run_dir / "containers/run/runc/c1/created"
+    with subprocess.Popen(["sleep", "600"]) as process:
+        try:
+            process.send_signal(signal.SIGSTOP)
+            eventually(lambda: fields_of(process.pid)[0] == "T")
+            marker.write_text(f"{fields_of(process.pid)[19]}\n{process.pid}\n")
+            done = node("smr-runtime", "--root", "/run/runc", "start", "c1")
+            assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+            assert fields_of(process.pid)[0] != "T"
+            assert not marker.exists()
+            argv = node.path / "called/python3/argv"
+            words = eventually(lambda: argv.read_text().count("\0") == 6 and argv.read_text().split("\0"))
+            assert words[:3] == ["-I", "-m", "smr.shim.resume"]
+            assert Path(words[3]) == marker.parent
+            assert float(words[4]) <= float(words[5])
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("began", [b"1", b"", b"x"])
+def test_start_never_wakes_another_process(node: Recorder, began: bytes) -> None:
+    """A pid that is used again, or a marker that is cut short: Python looks into it, and nobody is signalled."""
+    keep(node, "c1", created=True)
+    with subprocess.Popen(["sleep", "600"]) as process:
+        try:
+            process.send_signal(signal.SIGSTOP)
+            eventually(lambda: fields_of(process.pid)[0] == "T")
+            marker = node.run_dir / "containers/run/runc/c1/created"
+            marker.write_bytes(began + b"\n" + str(process.pid).encode())
+            node("smr-runtime", "--root", "/run/runc", "start", "c1")
+            called = node.called("python3")
+            assert called is not None
+            assert called.argv[2] == "smr.shim.runtime"
+            assert fields_of(process.pid)[0] == "T"
+            assert marker.exists()
+        finally:
+            process.kill()
+
+
+def fields_of(pid: int) -> list[str]:
+    """/proc/PID/stat from the state letter on."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
