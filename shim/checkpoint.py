@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,13 +29,14 @@ from smr.images.store import Store
 from smr.proto.annotations import Tcp, check_reference
 from smr.proto.checkpoint import MOUNT_ANNOTATION, CheckpointConfig, Host, LayerType, Source
 from smr.proto.errors import Code, SmrError
-from smr.shim import cgroups, criu, network, preflight, procs
+from smr.shim import cgroups, criu, network, preflight, procs, stopped
 from smr.shim.config import Config
 from smr.shim.criu import Criu
 from smr.shim.dump import dump, options, restore_options
 from smr.shim.engines import locate
 from smr.shim.engines.target import Target
 from smr.shim.guard import Guard
+from smr.shim.procs import Process
 from smr.shim.restore import external_destinations
 from smr.shim.rootfs import OverlayMount, overlay_of
 from smr.shim.run import run
@@ -95,7 +97,9 @@ def checkpoint(target: Target, name: str, config: Config, *, tcp: Tcp, stop: boo
             freezer.thaw()
         with stages.stage("describe"):
             facts = _describe(target, ingest.path / "criu", tool, tcp, addresses)
-            facts = replace(facts, pause_s=freezer.pause_s(), stages_s=dict(stages.seconds))
+            halted = {process.ns_pid for process in freezer.stopped}
+            tasks = tuple(replace(task, stopped=True) if task.pid in halted else task for task in facts.tasks)
+            facts = replace(facts, tasks=tasks, pause_s=freezer.pause_s(), stages_s=dict(stages.seconds))
         with stages.stage("commit"):
             _add_layers(target, ingest)
             image = ingest.commit(name, facts)
@@ -113,6 +117,7 @@ class _Freezer:
     guard: Guard
     stages: _Stages
     start: float
+    stopped: tuple[Process, ...]
     end: float = 0.0
 
     def thaw(self) -> None:
@@ -120,8 +125,7 @@ class _Freezer:
         if self.end:
             return
         with self.stages.stage("thaw"):
-            if self.target.status != "paused":
-                _thaw(self.target)
+            _let_go(self.target, self.stopped)
         self.end = time.monotonic()
 
     def pause_s(self) -> float:
@@ -132,15 +136,16 @@ class _Freezer:
 @contextlib.contextmanager
 def _frozen(target: Target, stages: _Stages) -> Iterator[_Freezer]:
     """Freeze the container; whatever happens it is thawed, by the guard when this process is killed."""
-    was_paused = target.status == "paused"
-    with Guard(lambda: None if was_paused else _thaw(target), until_children_end=True) as guard:
-        freezer = _Freezer(target=target, guard=guard, stages=stages, start=time.monotonic())
+    halted = stopped.in_the_way(target.pid)
+    with Guard(lambda: _let_go(target, halted), until_children_end=True) as guard:
+        freezer = _Freezer(target=target, guard=guard, stages=stages, start=time.monotonic(), stopped=halted)
         try:
             with stages.stage("freeze"):
-                if not was_paused:
+                if target.status != "paused":
                     pause = target.runtime_command("pause", target.id)
                     # The guard waits for it: a resume before its end would leave the container frozen.
                     run(pause, timeout_s=60, code=Code.CHECKPOINT_FAILED, pass_fds=guard.pass_fds)
+                stopped.send(halted, signal.SIGCONT)
             yield freezer
         finally:
             freezer.thaw()
@@ -169,6 +174,13 @@ def end_frozen(target: Target, thaw: Callable[[], None]) -> None:
             run(target.runtime_command("kill", target.id, "KILL"), timeout_s=30, check=False)
         thaw()
         stopping.result()
+
+
+def _let_go(target: Target, halted: tuple[Process, ...]) -> None:
+    """The container as it was: stopped processes stopped, and the rest running, unless it was paused."""
+    stopped.send(halted, signal.SIGSTOP)
+    if target.status != "paused":
+        _thaw(target)
 
 
 def _thaw(target: Target) -> None:
