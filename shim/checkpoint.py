@@ -17,7 +17,7 @@ import contextlib
 import platform
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -29,7 +29,7 @@ from smr.images.store import Store
 from smr.proto.annotations import Tcp, check_reference
 from smr.proto.checkpoint import MOUNT_ANNOTATION, CheckpointConfig, Host, LayerType, Source
 from smr.proto.errors import Code, SmrError
-from smr.shim import cgroups, criu, network, preflight, procs, stopped
+from smr.shim import cgroups, criu, inotify, network, preflight, procs, stopped
 from smr.shim.config import Config
 from smr.shim.criu import Criu
 from smr.shim.dump import dump, options, restore_options
@@ -88,9 +88,10 @@ def checkpoint(target: Target, name: str, config: Config, *, tcp: Tcp, stop: boo
             container=target.id,
         )
     tool = criu.find(config)
+    chosen = options(tcp) | inotify.dump_options(target.pid)
     stages = _Stages(progress)
     with Store(config.store).ingest() as ingest, _frozen(target, stages) as freezer:
-        warnings = _capture(target, ingest, tool, tcp, freezer, config.log.parent)
+        warnings = _capture(target, ingest, tool, chosen, freezer, config.log.parent)
         # While it holds still: afterwards it may open other sockets than those of the image, or end.
         addresses = _addresses(target)
         if not stop:
@@ -151,13 +152,15 @@ def _frozen(target: Target, stages: _Stages) -> Iterator[_Freezer]:
             freezer.thaw()
 
 
-def _capture(target: Target, ingest: Ingest, tool: Criu, tcp: Tcp, freezer: _Freezer, logs: Path) -> tuple[str, ...]:
+def _capture(
+    target: Target, ingest: Ingest, tool: Criu, chosen: Mapping[str, str], freezer: _Freezer, logs: Path
+) -> tuple[str, ...]:
     """Everything that needs the container to hold still; returns warnings. CRIU's log of a failure is kept in `logs`."""
     folder = ingest.path / "criu"
     folder.mkdir(mode=0o700)
     overlay = overlay_of(target.rootfs)
     with freezer.stages.stage("dump"):
-        dump(target, folder, ingest.path / "work", options(tcp), tool, freezer.guard, logs)
+        dump(target, folder, ingest.path / "work", chosen, tool, freezer.guard, logs)
     with freezer.stages.stage("rootfs"):
         _capture_files(target, overlay, ingest.path)
     return () if overlay is not None or target.spec.rootfs_readonly else (_NO_OVERLAY.format(target.rootfs),)

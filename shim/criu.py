@@ -118,8 +118,9 @@ def kernel_answers_passcred() -> bool:
 
 
 def write_options(path: Path, options: Mapping[str, str]) -> None:
-    """Write a CRIU configuration file: an option a line, "" for a flag."""
-    path.write_text("".join(f"{name} {value}".rstrip() + "\n" for name, value in options.items()))
+    """Write a CRIU configuration file: an option a line, "" for a flag; a value of several lines gives the option for each."""
+    lines = [f"{name} {line}".rstrip() + "\n" for name, value in options.items() for line in value.split("\n")]
+    path.write_text("".join(lines))
 
 
 def quote_log(log: Path, *, before: int = 2, most: int = 12) -> str:

@@ -32,7 +32,7 @@ from smr.proto.oci import Mount, Spec, parse_spec
 from smr.shim import criu, engines, mountinfo, namespaces, preflight, procs
 from smr.shim.config import Config, load
 from smr.shim.criu import Criu
-from smr.shim.files import drop_tree, write_atomic
+from smr.shim.files import drop_tree, remove_tree, write_atomic
 from smr.shim.oci_args import RuntimeCall
 from smr.shim.resume import write_marker
 from smr.shim.state import ContainerState, Status
@@ -124,6 +124,9 @@ def fill_tmpfs(state: ContainerState, image: Image, spec: Spec, annotations: Ann
     for layer in image.layers_of(LayerType.TMPFS):
         destination = layer.annotations.get(MOUNT_ANNOTATION, "")
         source = Path(sources.get(destination, ""))
+        own = state.record.id in source.parts
+        if own and source.is_dir():
+            remove_tree(source, keep_root=True)  # podman keeps it when it starts a container again
         if not destination or destination not in sources or not source.is_dir() or any(source.iterdir()):
             raise SmrError(
                 f"the checkpoint has contents for {destination or 'a mount without a name'}: needed an empty directory there",

@@ -277,17 +277,24 @@ def find(run: Path, root: str, container_id: str) -> ContainerState | None:
 
 def all_states(run: Path) -> list[ContainerState]:
     """Every container SMR knows on this node, oldest first."""
-    files = (file for file in (run / "containers").glob("**/state.json") if _HALF not in file.parent.name)
-    found = [state for file in files if (state := load_path(file.parent))]
+    found = [state for path in _directories(run) if _HALF not in path.name and (state := load_path(path))]
     return sorted(found, key=lambda state: state.record.started)
 
 
 def drop_half_made(run: Path) -> None:
     """Directories of processes that were killed while they made or removed one."""
-    for path in (run / "containers").glob(f"**/*{_HALF}*/"):
-        maker = path.name.rpartition(_HALF)[2]
+    for path in _directories(run):
+        maker = path.name.rpartition(_HALF)[2] if _HALF in path.name else ""
         if maker.isdigit() and not procs.alive(int(maker)):
             drop_tree(path)
+
+
+def _directories(run: Path) -> Iterator[Path]:
+    """Directories of containers, half-made ones too. What is in them is left alone: CRIU mounts cgroups there."""
+    for folder, names, files in os.walk(run / "containers"):
+        if "state.json" in files or _HALF in Path(folder).name:
+            names.clear()
+            yield Path(folder)
 
 
 def load_path(path: Path) -> ContainerState | None:

@@ -70,6 +70,13 @@ class Node:
         found = (json.loads(file.read_text()) for file in (self.run_dir / "containers").glob("**/state.json"))
         return {str(record["id"]): record for record in found}
 
+    def only_record(self, status: str) -> dict[str, object]:
+        """The record of the only annotated container; LookupError unless it is one, with this status."""
+        found = list(self.records().values())
+        if len(found) != 1 or found[0]["status"] != status:
+            raise LookupError(f"{len(found)} records: {found}")
+        return found[0]
+
     def log_text(self) -> str:
         """SMR's own log."""
         return self.log.read_text() if self.log.exists() else ""

@@ -163,13 +163,14 @@ def test_an_image_by_digest(engine: Engine, warm: Warm) -> None:
 def test_ps_and_inspect_tell_of_the_restore(engine: Engine, warm: Warm) -> None:
     """`smr ps` lists the container as restored; `smr inspect` has the image and every stage's time; SMR's log has one line."""
     restored(engine, "told", warm)
-    (record,) = engine.node.records().values()
-    assert (record["status"], record["image"]) == ("restored", warm.image)
+    record = eventually(lambda: engine.node.only_record("restored"), what="the record, which start does not wait for")
+    assert record["image"] == warm.image
     listed = json.loads(engine.node.smr("ps", "--json").stdout)
     assert [row["status"] for row in (listed["containers"] if isinstance(listed, dict) else listed)] == ["restored"]
     shown = json.loads(engine.node.smr("inspect", str(record["id"]), "--json").stdout)
     assert shown["image"] == warm.image
     assert {"locate", "preflight", "create", "start"} <= set(shown["stages_s"])
+    eventually(lambda: f'"{record["id"]}"' in engine.node.log_text(), what="the log line, which start does not wait for")
     lines = [line for line in engine.node.log_text().splitlines() if f'"{record["id"]}"' in line]  # no other is called "told"
     assert [json.loads(line)["event"] for line in lines] == ["restored"]
 

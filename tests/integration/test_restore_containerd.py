@@ -138,6 +138,11 @@ def test_containerds_own_checkpoint_verb(containerd: Containerd, tmp_path: Path)
     boot = containerd.ready("source")["boot"]
     folder = tmp_path / "images"
     containerd("task", "checkpoint", "--image-path", folder, "source")
-    assert (folder / "inventory.img").exists()
-    assert list(folder.glob("pages-*.img"))
+    if containerd.name == "containerd-1.6":
+        # Its client knows --image-path for runtimes of its own names only, and makes an image otherwise.
+        (name,) = [line.split()[0] for line in containerd("images", "ls").stdout.splitlines() if "/checkpoint/source" in line]
+        containerd("images", "rm", name)
+    else:
+        assert (folder / "inventory.img").exists()
+        assert list(folder.glob("pages-*.img"))
     assert containerd.ask("source", "count")["boot"] == boot
