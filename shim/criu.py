@@ -50,7 +50,7 @@ def find(config: Config) -> Criu:
     found = shutil.which(config.criu)
     if found is None:
         raise SmrError(f"CRIU not found: {config.criu}", hint=_HINT, code=Code.CRIU_MISSING, criu=config.criu)
-    path = Path(found)
+    path = Path(found).absolute()
     if path.name != "criu":
         raise SmrError(f"the CRIU program must be named criu, found {path}", hint=_HINT, code=Code.CRIU_MISSING, criu=path)
     version = _version(path, config.run)
