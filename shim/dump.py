@@ -17,6 +17,8 @@ from smr.shim.guard import Guard
 
 # Unlinked files up to this size travel in the image (CRIU's own limit is 1 MiB).
 _GHOST_LIMIT = "1G"
+# With less than this free on the store, a dump that failed failed for want of space.
+_FULL_BYTES = 1 << 20
 
 
 def options(tcp: Tcp, *, iptables: bool | None = None) -> dict[str, str]:
@@ -59,13 +61,14 @@ def dump(target: Target, folder: Path, work: Path, chosen: Mapping[str, str], to
         argv, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, pass_fds=guard.pass_fds
     )
     if result.returncode != 0:
-        raise _failure(target, criu.keep_log(work / "dump.log", logs / f"checkpoint-{target.id}.log"), result.stderr)
+        raise _failure(target, folder, criu.keep_log(work / "dump.log", logs / f"checkpoint-{target.id}.log"), result.stderr)
 
 
-def _failure(target: Target, log: Path, stderr: str) -> SmrError:
+def _failure(target: Target, folder: Path, log: Path, stderr: str) -> SmrError:
     name = target.name or target.id
     text = f"{_read(log)}\n{stderr}"
-    if "No space left on device" in text:
+    # The log lies on the same file system, so where that is full its last lines may be missing.
+    if "No space left on device" in text or shutil.disk_usage(folder).free < _FULL_BYTES:
         return SmrError(
             f"checkpoint of {name} failed: no space left on the store's file system",
             hint="free space there: 'smr images rm', 'smr gc'; the container goes on running as before",
