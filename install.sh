@@ -219,7 +219,7 @@ private_criu_wanted() {
 provide_criu() { # sets criu
     if [ "$criu" != auto ]; then
         [ "${criu##*/}" = criu ] || fail "--criu: the program must be named criu, as the runtimes look it up by that name"
-        new_enough "$(criu_version "$criu")" || fail "--criu $criu: $LEAST or newer is needed on Linux $KERNEL, found '$(criu_version "$criu")'"
+        new_enough "$(criu_version "$criu")" || fail "--criu $criu: $LEAST or newer is needed, found '$(criu_version "$criu")' (Linux $KERNEL)"
     else
         machines=$(command -v criu || :)
         case $(readlink -f "${machines:-/}") in "$PREFIX"/*) machines='' ;; esac

@@ -33,6 +33,14 @@ version = 2
 PROGRAMS = ["smr", "smr-runtime", "smr-hook", "containerd-shim-smr-v1", "containerd-shim-smr-v2"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def kernel_of_a_stable_release() -> Iterator[None]:
+    """The tests look at deploy/criu.lock, which kernels from 6.16 on do not use; the CRIU is only installed here, not run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SMR_TEST_KERNEL", "6.1")
+        yield
+
+
 @pytest.fixture(scope="session")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The package and all it needs as wheels, so that the installations below need no network."""
