@@ -145,6 +145,17 @@ def kill_pending(pid: int) -> bool:
     return any(int(line.split()[1], 16) & bit for line in lines if line.startswith(("SigPnd:", "ShdPnd:")))
 
 
+def named(command: str) -> list[int]:
+    """Processes whose command name is `command`, zombies left out."""
+    found = []
+    for pid in all_pids():
+        with contextlib.suppress(OSError):
+            words = (PROC / str(pid) / "stat").read_text(errors="replace")
+            if f"({command})" in words and words.rpartition(")")[2].split()[0] not in "ZX":
+                found.append(pid)
+    return found
+
+
 def has_capability(number: int) -> bool:
     """Whether this process has a capability in effect (capability.h)."""
     lines = (PROC / "self/status").read_text().splitlines()

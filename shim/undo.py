@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 from smr.proto.errors import SmrError
@@ -101,14 +102,20 @@ def _remove_runtime_dir(folder: Path) -> None:
 def _remove_criu_roots(state: ContainerState) -> None:
     """CRIU mounts a tmpfs on /tmp/.criu.mntns.XXXXXX; where / is a shared mount, as systemd makes it, that reaches the host's.
 
-    Only the names in this restore's log are ours to remove.
+    Ours to remove are the names in this restore's log; and, for one that was killed before it wrote its name there, those that
+    were made since it began, while no CRIU runs that they could belong to.
     """
+    names: set[str] = set()
     with contextlib.suppress(FileNotFoundError):
         text = (state.work_dir / "restore.log").read_text(errors="replace")
-        for name in set(re.findall(r"/tmp/\.criu\.mntns\.\w{6}", text)):
-            with contextlib.suppress(OSError):
-                unmount(Path(name))
-                Path(name).rmdir()
+        names |= set(re.findall(r"/tmp/\.criu\.mntns\.\w{6}", text))
+    if not procs.named("criu"):
+        began = datetime.fromisoformat(state.record.started).timestamp() if state.record.started else float("inf")
+        names |= {str(path) for path in Path("/tmp").glob(".criu.mntns.*") if path.lstat().st_mtime >= began - 1}
+    for name in names:
+        with contextlib.suppress(OSError):
+            unmount(Path(name))
+            Path(name).rmdir()
 
 
 def _remove_cgroups(state: ContainerState) -> None:
