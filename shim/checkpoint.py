@@ -14,6 +14,8 @@ for CRIU to end and thaws the container; the half-made image is swept.
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import platform
 import signal
 import time
@@ -33,7 +35,7 @@ from smr.shim import cgroups, criu, inotify, network, preflight, procs, stopped
 from smr.shim.config import Config
 from smr.shim.criu import Criu
 from smr.shim.dump import dump, options, restore_options
-from smr.shim.engines import locate
+from smr.shim.engines import locate, runtime_state
 from smr.shim.engines.target import Target
 from smr.shim.guard import Guard
 from smr.shim.procs import Process
@@ -80,14 +82,36 @@ class _Stages:
 def checkpoint(target: Target, name: str, config: Config, *, tcp: Tcp, stop: bool, progress: Progress = lambda _: None) -> Result:
     """Checkpoint `target` as image `name`. A failure leaves the container as it was and no trace in the store."""
     check_reference(name)
-    if target.status not in {"running", "paused"}:
-        raise SmrError(
-            f"container {target.name or target.id} is {target.status}: needed running",
-            hint="start it first",
-            code=Code.CONTAINER_STATE,
-            container=target.id,
-        )
     tool = criu.find(config)
+    with _alone(target) as held:
+        return _checkpoint(held, name, config, tool, tcp=tcp, stop=stop, progress=progress)
+
+
+@contextlib.contextmanager
+def _alone(target: Target) -> Iterator[Target]:
+    """The container to ourselves, with the status it has now: another checkpoint pauses it, and two would thaw each other's.
+
+    The lock is a flock of the bundle's directory, so there is no file to leave.
+    """
+    fd = os.open(target.bundle, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _not_now(target, "is being checkpointed by another 'smr checkpoint'", "try again when that has ended") from None
+        status = runtime_state.status(target.runtime, target.runtime_args, target.id)
+        if status not in {"running", "paused"}:
+            raise _not_now(target, f"is {status}: needed running", "start it first")
+        yield replace(target, status=status)
+    finally:
+        os.close(fd)
+
+
+def _not_now(target: Target, what: str, hint: str) -> SmrError:
+    return SmrError(f"container {target.name or target.id} {what}", hint=hint, code=Code.CONTAINER_STATE, container=target.id)
+
+
+def _checkpoint(target: Target, name: str, config: Config, tool: Criu, *, tcp: Tcp, stop: bool, progress: Progress) -> Result:
     chosen = options(tcp) | inotify.dump_options(target.pid)
     stages = _Stages(progress)
     with Store(config.store).ingest() as ingest, _frozen(target, stages) as freezer:

@@ -304,7 +304,8 @@ def test_a_signal_in_the_middle_leaves_nothing(node: Installation, number: signa
 def started(node: Installation) -> subprocess.Popen[bytes]:
     """install.sh, at the time when it has begun to make the virtual environment."""
     process = subprocess.Popen(
-        node.words("--criu", node.criu),
+        # A shell that puts a job in the background has it ignore the signal, and a shell cannot trap what it was born to ignore.
+        ["env", "--default-signal=INT", *node.words("--criu", node.criu)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env={**os.environ, "TMPDIR": str(node.temporary)},
