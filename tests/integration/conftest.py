@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from smr.shim.criu import quote_log
 from tests.integration import testimage
 from tests.integration.command import eventually, run
 from tests.integration.containerd import Containerd
@@ -328,7 +329,8 @@ def restoring_runc(runc: Runc) -> Runc:
     try:
         runc.start(name, bare=True)
         runc.ready(name)
-        runc("checkpoint", "--image-path", images, "--work-path", images, name, bare=True)
+        saved = runc("checkpoint", "--image-path", images, "--work-path", images, name, bare=True, check=False)
+        assert saved.returncode == 0, f"{saved.stderr}\n{quote_log(Path(images) / 'dump.log')}"
         runc("delete", "--force", name, bare=True, check=False)
         words = ["restore", "--detach", "--bundle", runc.path / name, "--image-path", images, "--work-path", images, name]
         with runc.output(runc.path / name) as output:
@@ -337,7 +339,7 @@ def restoring_runc(runc: Runc) -> Runc:
                 argv, check=False, env=runc.env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, timeout=60
             )
         if done.returncode != 0:
-            pytest.skip(f"{runc.bare[-1]} by itself cannot restore here: {runc.logs(name).strip().splitlines()[-1]}")
+            pytest.skip(f"{runc.bare[-1]} by itself cannot restore here: {quote_log(Path(images) / 'restore.log')}")
     finally:
         runc.env = runc.node.env
         runc("delete", "--force", name, bare=True, check=False)
