@@ -25,7 +25,9 @@ class LayerType(StrEnum):
     """Media types of layers.
 
     CRIU      tar of CRIU's small images (all but pages-*.img), with `descriptors.json` of the runtime; flat, regular files only
-    PAGES     one pages-N.img as CRIU wrote it; the name is in the annotation org.opencontainers.image.title
+    PAGES     one pages-N.img as CRIU reads it; the name is in the annotation org.opencontainers.image.title
+    SEGMENT   pages that SMR delivers itself, cut into chunks; the first SEGMENT layer is segment 0
+    PAGETABLE which chunk belongs at which address of which process (smr.images.pagetable); there is one where there are segments
     ROOTFS    tar of the writable layer, OCI layer semantics (`.wh.` whiteouts, `.wh..wh..opq`)
     TMPFS     tar of an external tmpfs (/dev/shm); the destination is in the annotation `MOUNT_ANNOTATION`
     ENGINE    JSON that the source engine keeps about the container (podman's config.dump...); the title names the file
@@ -33,6 +35,8 @@ class LayerType(StrEnum):
 
     CRIU = "application/vnd.smr.criu.v1.tar"
     PAGES = "application/vnd.smr.criu.pages.v1"
+    SEGMENT = "application/vnd.smr.segment.v1"
+    PAGETABLE = "application/vnd.smr.pagetable.v1"
     ROOTFS = "application/vnd.smr.rootfs.diff.v1.tar"
     TMPFS = "application/vnd.smr.tmpfs.v1.tar"
     ENGINE = "application/vnd.smr.engine.v1+json"

@@ -24,11 +24,81 @@ class TaskCoreEntry(_message.Message):
     comm: str
     def __init__(self, task_state: _Optional[int] = ..., comm: _Optional[str] = ...) -> None: ...
 
+class RseqEntry(_message.Message):
+    __slots__ = ("rseq_abi_pointer", "rseq_abi_size")
+    RSEQ_ABI_POINTER_FIELD_NUMBER: _ClassVar[int]
+    RSEQ_ABI_SIZE_FIELD_NUMBER: _ClassVar[int]
+    rseq_abi_pointer: int
+    rseq_abi_size: int
+    def __init__(self, rseq_abi_pointer: _Optional[int] = ..., rseq_abi_size: _Optional[int] = ...) -> None: ...
+
+class ThreadCoreEntry(_message.Message):
+    __slots__ = ("rseq_entry",)
+    RSEQ_ENTRY_FIELD_NUMBER: _ClassVar[int]
+    rseq_entry: RseqEntry
+    def __init__(self, rseq_entry: _Optional[_Union[RseqEntry, _Mapping]] = ...) -> None: ...
+
+class ThreadInfo(_message.Message):
+    __slots__ = ("clear_tid_addr",)
+    CLEAR_TID_ADDR_FIELD_NUMBER: _ClassVar[int]
+    clear_tid_addr: int
+    def __init__(self, clear_tid_addr: _Optional[int] = ...) -> None: ...
+
 class CoreEntry(_message.Message):
-    __slots__ = ("tc",)
+    __slots__ = ("thread_info", "tc", "thread_core", "ti_aarch64")
+    THREAD_INFO_FIELD_NUMBER: _ClassVar[int]
     TC_FIELD_NUMBER: _ClassVar[int]
+    THREAD_CORE_FIELD_NUMBER: _ClassVar[int]
+    TI_AARCH64_FIELD_NUMBER: _ClassVar[int]
+    thread_info: ThreadInfo
     tc: TaskCoreEntry
-    def __init__(self, tc: _Optional[_Union[TaskCoreEntry, _Mapping]] = ...) -> None: ...
+    thread_core: ThreadCoreEntry
+    ti_aarch64: ThreadInfo
+    def __init__(self, thread_info: _Optional[_Union[ThreadInfo, _Mapping]] = ..., tc: _Optional[_Union[TaskCoreEntry, _Mapping]] = ..., thread_core: _Optional[_Union[ThreadCoreEntry, _Mapping]] = ..., ti_aarch64: _Optional[_Union[ThreadInfo, _Mapping]] = ...) -> None: ...
+
+class VmaEntry(_message.Message):
+    __slots__ = ("start", "end", "prot", "flags", "status", "madv")
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    PROT_FIELD_NUMBER: _ClassVar[int]
+    FLAGS_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    MADV_FIELD_NUMBER: _ClassVar[int]
+    start: int
+    end: int
+    prot: int
+    flags: int
+    status: int
+    madv: int
+    def __init__(self, start: _Optional[int] = ..., end: _Optional[int] = ..., prot: _Optional[int] = ..., flags: _Optional[int] = ..., status: _Optional[int] = ..., madv: _Optional[int] = ...) -> None: ...
+
+class MmEntry(_message.Message):
+    __slots__ = ("vmas", "thp_disabled")
+    VMAS_FIELD_NUMBER: _ClassVar[int]
+    THP_DISABLED_FIELD_NUMBER: _ClassVar[int]
+    vmas: _containers.RepeatedCompositeFieldContainer[VmaEntry]
+    thp_disabled: bool
+    def __init__(self, vmas: _Optional[_Iterable[_Union[VmaEntry, _Mapping]]] = ..., thp_disabled: _Optional[bool] = ...) -> None: ...
+
+class PagemapHead(_message.Message):
+    __slots__ = ("pages_id",)
+    PAGES_ID_FIELD_NUMBER: _ClassVar[int]
+    pages_id: int
+    def __init__(self, pages_id: _Optional[int] = ...) -> None: ...
+
+class PagemapEntry(_message.Message):
+    __slots__ = ("vaddr", "compat_nr_pages", "in_parent", "flags", "nr_pages")
+    VADDR_FIELD_NUMBER: _ClassVar[int]
+    COMPAT_NR_PAGES_FIELD_NUMBER: _ClassVar[int]
+    IN_PARENT_FIELD_NUMBER: _ClassVar[int]
+    FLAGS_FIELD_NUMBER: _ClassVar[int]
+    NR_PAGES_FIELD_NUMBER: _ClassVar[int]
+    vaddr: int
+    compat_nr_pages: int
+    in_parent: bool
+    flags: int
+    nr_pages: int
+    def __init__(self, vaddr: _Optional[int] = ..., compat_nr_pages: _Optional[int] = ..., in_parent: _Optional[bool] = ..., flags: _Optional[int] = ..., nr_pages: _Optional[int] = ...) -> None: ...
 
 class InetSkEntry(_message.Message):
     __slots__ = ("id", "family", "type", "proto", "state", "src_port", "dst_port", "src_addr", "dst_addr")

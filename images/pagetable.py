@@ -1,0 +1,158 @@
+"""The page table of an image: which chunk of which segment belongs at which address of which process.
+
+    header     8s magic "SMRPAGES", u32 version, u32 segments, u32 chunks, u32 runs
+    segments   u64 size_bytes                                           in the order of the manifest's SEGMENT layers
+    chunks     u32 segment, u32 codec, u64 offset, u32 stored_bytes, u32 pages, 16s XXH3-128 of the pages   sorted by segment, offset
+    runs       u32 pid, u32 flags, u64 address, u32 chunk, u32 0        sorted by pid, address
+
+All little endian. A run is a whole chunk at an address; two runs with the same bytes share a chunk. Pages are 4096 bytes. `pid` is
+the process's in the container's pid namespace, `flags` are those of CRIU's pagemap entry that the run was cut from. Chunks begin at
+multiples of 4096 in their segment, so that they can be read past the page cache.
+
+A table that was parsed is safe to use: runs do not overlap, name chunks that are there, and chunks lie inside their segments, do
+not overlap and say a length that their codec can have. Whether an address is one that the process may have is asked of the process.
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from itertools import pairwise
+from typing import NamedTuple
+
+from smr.proto.errors import Code, SmrError
+
+PAGE_BYTES = 4096
+# A chunk is at most what one huge page holds.
+CHUNK_PAGES = 512
+VERSION = 1
+_MAGIC = b"SMRPAGES"
+_HEADER = struct.Struct("<8sIIII")
+_SEGMENT = struct.Struct("<Q")
+_CHUNK = struct.Struct("<IIQII16s")
+_RUN = struct.Struct("<IIQII")
+_ADDRESS_END = 1 << 57
+
+
+class Codec(IntEnum):
+    """How a chunk is stored: RAW, ZSTD, or ZSTD after its bytes were sorted into two planes (bf16 and fp16 weights)."""
+
+    RAW = 0
+    ZSTD = 1
+    ZSTD_PLANES = 2
+
+
+class Chunk(NamedTuple):
+    """Pages as they lie in a segment. `digest` is XXH3-128 of the pages, canonical form."""
+
+    segment: int
+    codec: int
+    offset: int
+    stored_bytes: int
+    pages: int
+    digest: bytes
+
+
+class Run(NamedTuple):
+    """A chunk at an address of a process."""
+
+    pid: int
+    flags: int
+    address: int
+    chunk: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageTable:
+    """All of them. `segments` are sizes in bytes."""
+
+    segments: Sequence[int]
+    chunks: Sequence[Chunk]
+    runs: Sequence[Run]
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the runs fill."""
+        return sum(self.chunks[run.chunk].pages for run in self.runs) * PAGE_BYTES
+
+    def pages(self, run: Run) -> int:
+        """Length of a run."""
+        return self.chunks[run.chunk].pages
+
+    def by_process(self) -> Iterator[tuple[int, Sequence[Run]]]:
+        """The runs of each process."""
+        begin = 0
+        for end in range(1, len(self.runs) + 1):
+            if end == len(self.runs) or self.runs[end].pid != self.runs[begin].pid:
+                yield self.runs[begin].pid, self.runs[begin:end]
+                begin = end
+
+    def to_bytes(self) -> bytes:
+        """The blob."""
+        parts = [_HEADER.pack(_MAGIC, VERSION, len(self.segments), len(self.chunks), len(self.runs))]
+        parts += [_SEGMENT.pack(size) for size in self.segments]
+        parts += [_CHUNK.pack(*chunk) for chunk in self.chunks]
+        parts += [_RUN.pack(*run, 0) for run in self.runs]
+        return b"".join(parts)
+
+
+def parse_table(data: bytes, what: str = "page table") -> PageTable:
+    """Read a blob. Raises IMAGE_VERSION for a newer format, IMAGE_CORRUPT for one that is cut or that lies."""
+    if len(data) < _HEADER.size or not data.startswith(_MAGIC):
+        raise _corrupt(what, "does not begin as one")
+    _, version, segments, chunks, runs = _HEADER.unpack_from(data)
+    if version > VERSION:
+        raise SmrError(
+            f"{what} has format version {version}, this SMR reads up to {VERSION}",
+            hint="install a newer SMR on this node",
+            code=Code.IMAGE_VERSION,
+        )
+    ends = [_HEADER.size]
+    for count, record in ((segments, _SEGMENT), (chunks, _CHUNK), (runs, _RUN)):
+        ends.append(ends[-1] + count * record.size)
+    if ends[-1] != len(data):
+        raise _corrupt(what, f"has {len(data)} bytes, its header says {ends[-1]}")
+    view = memoryview(data)
+    table = PageTable(
+        segments=[size for (size,) in _SEGMENT.iter_unpack(view[ends[0] : ends[1]])],
+        chunks=[Chunk(*fields) for fields in _CHUNK.iter_unpack(view[ends[1] : ends[2]])],
+        runs=[Run(*fields[:4]) for fields in _RUN.iter_unpack(view[ends[2] : ends[3]])],
+    )
+    _check_chunks(table, what)
+    _check_runs(table, what)
+    return table
+
+
+def _check_chunks(table: PageTable, what: str) -> None:
+    last, end = -1, 0
+    for number, chunk in enumerate(table.chunks):
+        if chunk.segment != last:
+            if not last < chunk.segment < len(table.segments):
+                raise _corrupt(what, f"chunk {number} is of segment {chunk.segment}, after one of {last} of {len(table.segments)}")
+            last, end = chunk.segment, 0
+        if not 0 < chunk.pages <= CHUNK_PAGES or chunk.codec not in (0, 1, 2):
+            raise _corrupt(what, f"chunk {number} has {chunk.pages} pages and codec {chunk.codec}")
+        full = chunk.pages * PAGE_BYTES
+        if not (chunk.stored_bytes == full if chunk.codec == Codec.RAW else 0 < chunk.stored_bytes < full):
+            raise _corrupt(what, f"chunk {number} has {chunk.stored_bytes} bytes for {chunk.pages} pages")
+        if chunk.offset % PAGE_BYTES or not end <= chunk.offset <= table.segments[last] - chunk.stored_bytes:
+            raise _corrupt(what, f"chunk {number} is at {chunk.offset} of a segment of {table.segments[last]} bytes")
+        end = chunk.offset + chunk.stored_bytes
+
+
+def _check_runs(table: PageTable, what: str) -> None:
+    count = len(table.chunks)
+    for run in table.runs:
+        if run.chunk >= count or run.address % PAGE_BYTES or not 0 < run.address < _ADDRESS_END:
+            raise _corrupt(what, f"a run of process {run.pid} is at {run.address:#x}, of chunk {run.chunk} of {count}")
+    for before, after in pairwise(table.runs):
+        end = before.address + table.chunks[before.chunk].pages * PAGE_BYTES
+        if (before.pid, end) > (after.pid, after.address):
+            raise _corrupt(what, f"runs of process {after.pid} overlap or are not in order at {after.address:#x}")
+
+
+def _corrupt(what: str, found: str) -> SmrError:
+    return SmrError(f"{what}: {found}", hint="make or import the image again", code=Code.IMAGE_CORRUPT)
