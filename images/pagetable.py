@@ -1,16 +1,16 @@
 """The page table of an image: which chunk of which segment belongs at which address of which process.
 
     header     8s magic "SMRPAGES", u32 version, u32 segments, u32 chunks, u32 runs
-    segments   u64 size_bytes                                           in the order of the manifest's SEGMENT layers
-    chunks     u32 segment, u32 codec, u64 offset, u32 stored_bytes, u32 pages, 16s XXH3-128 of the pages   sorted by segment, offset
-    runs       u32 pid, u32 flags, u64 address, u32 chunk, u32 0        sorted by pid, address
+    segments   u64 size_bytes, in the order of the manifest's SEGMENT layers
+    chunks     u32 segment, u32 codec, u64 offset, u32 stored_bytes, u32 pages, 16s XXH3-128 of the pages; by segment, offset
+    runs       u32 pid, u32 flags, u64 address, u32 chunk, u32 0; by pid, address
 
-All little endian. A run is a whole chunk at an address; two runs with the same bytes share a chunk. Pages are 4096 bytes. `pid` is
-the process's in the container's pid namespace, `flags` are those of CRIU's pagemap entry that the run was cut from. Chunks begin at
-multiples of 4096 in their segment, so that they can be read past the page cache.
+All little endian. A run is a whole chunk at an address; two runs with the same bytes share a chunk. Pages are 4096 bytes. `pid`
+is the process's in the container's pid namespace, `flags` are those of CRIU's pagemap entry that the run was cut from. Chunks
+begin at multiples of 4096 in their segment, so that they can be read past the page cache.
 
 A table that was parsed is safe to use: runs do not overlap, name chunks that are there, and chunks lie inside their segments, do
-not overlap and say a length that their codec can have. Whether an address is one that the process may have is asked of the process.
+not overlap and say a length that their codec can have. Whether the process has such an address is asked of the process.
 Standard library only.
 """
 
@@ -74,7 +74,7 @@ class PageTable:
     runs: Sequence[Run]
 
     @property
-    def bytes(self) -> int:
+    def memory_bytes(self) -> int:
         """Memory that the runs fill."""
         return sum(self.chunks[run.chunk].pages for run in self.runs) * PAGE_BYTES
 
@@ -131,7 +131,7 @@ def _check_chunks(table: PageTable, what: str) -> None:
     for number, chunk in enumerate(table.chunks):
         if chunk.segment != last:
             if not last < chunk.segment < len(table.segments):
-                raise _corrupt(what, f"chunk {number} is of segment {chunk.segment}, after one of {last} of {len(table.segments)}")
+                raise _corrupt(what, f"chunk {number} is of segment {chunk.segment} of {len(table.segments)}, after {last}")
             last, end = chunk.segment, 0
         if not 0 < chunk.pages <= CHUNK_PAGES or chunk.codec not in (0, 1, 2):
             raise _corrupt(what, f"chunk {number} has {chunk.pages} pages and codec {chunk.codec}")
