@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from smr.images.archive_libpod import config_dump, own_config, spec_dump
 from smr.images.archive_output import compression_for, output_tar
 from smr.images.archive_podman import CHECKPOINT, CONFIG, DELETED, KEPT, ROOTFS, SHM, SPEC
+from smr.images.criu_layers import whole_directory
 from smr.images.image import Image, Layer
 from smr.images.manifest import INDEX_TYPE, MANIFEST_TYPE
 from smr.images.pack import OPAQUE, WHITEOUT
@@ -63,7 +64,7 @@ def write_podman(image: Image, out: Path) -> tuple[str, ...]:
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch, output_tar(out, compression_for(out)) as writer:
         kept = {layer.title: layer for layer in image.layers_of(LayerType.ENGINE)}
         _documents(image, writer, kept)
-        notes += _checkpoint(image, writer)
+        notes += _checkpoint(image, writer, Path(scratch))
         notes += _rootfs(image, writer, Path(scratch))
         notes += _tmpfs(image, writer)
         for title, layer in kept.items():
@@ -84,7 +85,7 @@ def _documents(image: Image, writer: TarWriter, kept: dict[str, Layer]) -> None:
     _document(writer, SPEC, spec)
 
 
-def _checkpoint(image: Image, writer: TarWriter) -> Iterator[str]:
+def _checkpoint(image: Image, writer: TarWriter, scratch: Path) -> Iterator[str]:
     """CRIU's files.
 
     podman restores without --tcp-close, which CRIU refuses for a dump that had it: where no connection was open the inventory
@@ -100,15 +101,12 @@ def _checkpoint(image: Image, writer: TarWriter) -> Iterator[str]:
         else:
             inventory = without_tcp_close(inventory)
     writer.add(Entry(name=f"{CHECKPOINT}/", kind=Kind.DIRECTORY, mode=0o700))
-    for layer in image.layers_of(LayerType.CRIU):
-        with _reading(layer.path) as reader:
-            for entry in reader:
-                if entry.name == _INVENTORY:
-                    _bytes(writer, f"{CHECKPOINT}/{entry.name}", inventory)
-                else:
-                    writer.add_stored(_plain(f"{CHECKPOINT}/{entry.name}", entry.size), reader.read_some)
-    for layer in image.layers_of(LayerType.PAGES):
-        _file(writer, f"{CHECKPOINT}/{layer.title}", layer.path)
+    with whole_directory(image, scratch) as folder:
+        for path in sorted(Path(folder).iterdir()):
+            if path.name == _INVENTORY:
+                _bytes(writer, f"{CHECKPOINT}/{path.name}", inventory)
+            else:
+                _file(writer, f"{CHECKPOINT}/{path.name}", path)
 
 
 def _small(layer: Layer, *wanted: str) -> Iterator[tuple[str, bytes]]:

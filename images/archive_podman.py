@@ -22,7 +22,7 @@ from pathlib import Path
 
 from smr.images.archive_facts import Facts, addresses_of, annotation, make_config
 from smr.images.archive_stage import read_document
-from smr.images.criutar import is_criu_image, pack
+from smr.images.criu_layers import add_criu_layers
 from smr.images.ingest import Ingest
 from smr.images.transcode import transcode_layer, transcode_tree
 from smr.proto.checkpoint import MOUNT_ANNOTATION, CheckpointConfig, LayerType, Source
@@ -66,18 +66,12 @@ def add_podman(staged: Path, ingest: Ingest, annotations: Mapping[str, str] | No
 
 
 def add_criu(checkpoint: Path, ingest: Ingest) -> None:
-    """Add CRIU's images: pages as layers of their own, all else in one tar."""
+    """Add CRIU's images, the bulk of the pages as segments."""
     if any(not path.is_file() or not _IMAGE_NAME.fullmatch(path.name) for path in checkpoint.iterdir()):
         raise SmrError(
             "the archive's CRIU images are not plain files in one directory, named as CRIU names them", code=Code.ARCHIVE_INVALID
         )
-    files = sorted(checkpoint.iterdir())
-    for path in files:
-        if not is_criu_image(path.name):
-            ingest.add(path, LayerType.PAGES, title=path.name)
-    tar = ingest.path / "criu.tar"
-    pack((path for path in files if is_criu_image(path.name)), tar)
-    ingest.add(tar, LayerType.CRIU)
+    add_criu_layers(checkpoint, ingest)
 
 
 def _facts(staged: Path, document: Json, spec: Json, annotations: Mapping[str, str]) -> Facts:

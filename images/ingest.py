@@ -72,11 +72,18 @@ class Ingest:
             self._blobs.mkdir(mode=0o700)
 
     def add(
-        self, file: Path, kind: LayerType, *, title: str = "", annotations: Mapping[str, str] | None = None, expected: str = ""
+        self,
+        file: Path,
+        kind: LayerType,
+        *,
+        title: str = "",
+        annotations: Mapping[str, str] | None = None,
+        expected: str = "",
+        digest: str = "",
     ) -> None:
         """Move a regular file in as a layer; from then on it is not the caller's. Layers keep the order of these calls.
 
-        Returns at once, unless the file has to be copied from another file system. When its digest turns out not to be
+        `digest` is that of a file that the caller hashed while writing it; any other is hashed here. Returns at once, unless the file has to be copied from another file system. When its digest turns out not to be
         `expected`, `commit` raises ARCHIVE_INVALID. Raises DISK_FULL.
         """
         self._check_open()
@@ -91,7 +98,7 @@ class Ingest:
                 kind=kind,
                 size_bytes=size_bytes,
                 annotations={**(annotations or {}), **({TITLE_ANNOTATION: title} if title else {})},
-                digest=self._pool.submit(digest_file, path, self._stop_when_closed),
+                digest=_known(digest) if digest else self._pool.submit(digest_file, path, self._stop_when_closed),
                 expected=expected,
                 synced=self._pool.submit(_fsync, path),
             )
@@ -234,6 +241,12 @@ def _regular_size(file: Path) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise SmrError(f"{file} is not a regular file", code=Code.INTERNAL, path=file)
     return status.st_size
+
+
+def _known(digest: str) -> Future[str]:
+    done: Future[str] = Future()
+    done.set_result(digest)
+    return done
 
 
 def _fsync(path: Path) -> None:

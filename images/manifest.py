@@ -106,6 +106,12 @@ def check_layers(layers: tuple[Descriptor, ...], reference: str) -> None:
     titles = [layer.title for layer in layers if layer.media_type == LayerType.PAGES]
     if bad := next((title for title in titles if not _PAGES_TITLE.fullmatch(title)), None):
         raise _invalid(reference, f"found pages named {bad!r}, needed pages-N.img")
+    tables = sum(layer.media_type == LayerType.PAGETABLE for layer in layers)
+    segments = sum(layer.media_type == LayerType.SEGMENT for layer in layers)
+    if tables != min(segments, 1):
+        raise _invalid(
+            reference, f"found {segments} segments and {tables} page tables, needed one table where there are segments"
+        )
     if len(set(titles)) != len(titles) or "" in titles:
         raise _invalid(reference, "found pages without a name of their own, needed pages-N.img once each")
 

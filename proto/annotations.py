@@ -38,7 +38,7 @@ KEYS: Mapping[str, str] = {
     RESTORE: "image to restore: NAME[:TAG] or sha256:DIGEST",
     FALLBACK: "cold (start cold when the restore is not possible) or fail",
     TCP: "close (established connections end) or established (they survive; needs the same IP)",
-    PAGES: "how pages reach memory: auto or criu",
+    PAGES: "how pages reach memory: auto, fill (before it runs), lazy (while it runs) or criu (CRIU's own way)",
     ROOTFS: "check (source image must be the checkpoint's) or force",
     COMMAND: "check (command must be the checkpoint's) or force",
 }
@@ -82,9 +82,11 @@ class Tcp(StrEnum):
 
 
 class Pages(StrEnum):
-    """How pages reach memory. `AUTO` chooses by size and source; `CRIU` is the stock path."""
+    """How pages reach memory: before the container runs by SMR (FILL) or by CRIU, or while it runs (LAZY). `AUTO` chooses."""
 
     AUTO = "auto"
+    FILL = "fill"
+    LAZY = "lazy"
     CRIU = "criu"
 
 

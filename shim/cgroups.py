@@ -37,6 +37,44 @@ def members(path: str) -> list[int]:
     return found
 
 
+def memory_room(pid: int) -> int | None:
+    """How many bytes the memory limits of a process's cgroups leave, page cache given back; None without a limit."""
+    rooms = []
+    for folder in _memory_folders(pid):
+        limit, used, cache = _memory(folder)
+        if limit is not None:
+            rooms.append(max(0, limit - max(0, used - cache)))
+    return min(rooms, default=None)
+
+
+def _memory_folders(pid: int) -> list[Path]:
+    """Its cgroup in the hierarchy that accounts memory, and those above it."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            top = ROOT / "memory" if "memory" in controllers.split(",") else ROOT
+            folder = top / path.strip("/")
+            if ("memory" in controllers.split(",") or not controllers) and _memory(folder)[0:2] != (None, 0):
+                return [folder, *(parent for parent in folder.parents if parent.is_relative_to(top))]
+    return []
+
+
+def _memory(folder: Path) -> tuple[int | None, int, int]:
+    """Limit, usage and page cache of one cgroup, in bytes."""
+    unlimited = 1 << 60
+    limit, used, cache = None, 0, 0
+    for names in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+        with contextlib.suppress(OSError, ValueError):
+            used = int((folder / names[1]).read_text())
+            text = (folder / names[0]).read_text().strip()
+            limit = int(text) if text != "max" and int(text) < unlimited else None
+    with contextlib.suppress(OSError):
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        prefix = "total_" if "total_inactive_file" in stat else ""
+        cache = sum(int(stat.get(f"{prefix}{name}", 0)) for name in ("inactive_file", "active_file"))
+    return limit, used, cache
+
+
 def remove(path: str) -> list[Path]:
     """Remove empty cgroups whose path ends in `path`, in every hierarchy; returns those that could not be removed."""
     left = []

@@ -4,7 +4,8 @@
     dump        CRIU through the real runtime, leave-running; it thaws for the parasite and freezes again
     rootfs      the overlay's upper directory as a layer, and the contents of /dev/shm
     thaw        clients go on: `pause_s` ends here
-    commit      hashes, manifest, rename: the image exists from the last rename on, or not at all
+    split       the bulk of the pages into segments, hashed and deduplicated on the way
+    commit      manifest, rename: the image exists from the last rename on, or not at all
 
 The container is frozen while its files are read, so they fit its memory. With `stop` it stays frozen until the commit and is
 then ended through its engine, so that nothing of it runs after the checkpoint. When this process is killed, its guard waits
@@ -79,12 +80,24 @@ class _Stages:
             self.seconds[name] = round(time.monotonic() - start, 6)
 
 
-def checkpoint(target: Target, name: str, config: Config, *, tcp: Tcp, stop: bool, progress: Progress = lambda _: None) -> Result:
-    """Checkpoint `target` as image `name`. A failure leaves the container as it was and no trace in the store."""
+def checkpoint(
+    target: Target,
+    name: str,
+    config: Config,
+    *,
+    tcp: Tcp,
+    stop: bool,
+    compress: bool = False,
+    progress: Progress = lambda _: None,
+) -> Result:
+    """Checkpoint `target` as image `name`, its pages compressed or not.
+
+    A failure leaves the container as it was and no trace in the store.
+    """
     check_reference(name)
     tool = criu.find(config)
     with _alone(target) as held:
-        return _checkpoint(held, name, config, tool, tcp=tcp, stop=stop, progress=progress)
+        return _checkpoint(held, name, config, tool, tcp=tcp, stop=stop, compress=compress, progress=progress)
 
 
 @contextlib.contextmanager
@@ -111,7 +124,9 @@ def _not_now(target: Target, what: str, hint: str) -> SmrError:
     return SmrError(f"container {target.name or target.id} {what}", hint=hint, code=Code.CONTAINER_STATE, container=target.id)
 
 
-def _checkpoint(target: Target, name: str, config: Config, tool: Criu, *, tcp: Tcp, stop: bool, progress: Progress) -> Result:
+def _checkpoint(
+    target: Target, name: str, config: Config, tool: Criu, *, tcp: Tcp, stop: bool, compress: bool, progress: Progress
+) -> Result:
     chosen = options(tcp) | inotify.dump_options(target.pid)
     stages = _Stages(progress)
     with Store(config.store).ingest() as ingest, _frozen(target, stages) as freezer:
@@ -125,8 +140,9 @@ def _checkpoint(target: Target, name: str, config: Config, tool: Criu, *, tcp: T
             halted = {process.ns_pid for process in freezer.stopped}
             tasks = tuple(replace(task, stopped=True) if task.pid in halted else task for task in facts.tasks)
             facts = replace(facts, tasks=tasks, pause_s=freezer.pause_s(), stages_s=dict(stages.seconds))
+        with stages.stage("split"):
+            _add_layers(target, ingest, compress=compress)
         with stages.stage("commit"):
-            _add_layers(target, ingest)
             image = ingest.commit(name, facts)
         if stop:
             with stages.stage("stop"):
@@ -242,15 +258,11 @@ def _external_shm(target: Target) -> Path | None:
     return sources[0] if sources and sources[0] != Path(_SHM) and sources[0].is_dir() else None
 
 
-def _add_layers(target: Target, ingest: Ingest) -> None:
-    """Hand the captured files to the store."""
-    from smr.images.criutar import is_criu_image, pack
+def _add_layers(target: Target, ingest: Ingest, *, compress: bool) -> None:
+    """Hand the captured files to the store, the pages as segments."""
+    from smr.images.criu_layers import add_criu_layers
 
-    folder = ingest.path / "criu"
-    for pages in sorted(folder.glob("pages-*.img")):
-        ingest.add(pages, LayerType.PAGES, title=pages.name)
-    pack((file for file in sorted(folder.iterdir()) if is_criu_image(file.name)), ingest.path / "criu.tar")
-    ingest.add(ingest.path / "criu.tar", LayerType.CRIU)
+    add_criu_layers(ingest.path / "criu", ingest, compress=compress)
     if (ingest.path / "rootfs.tar").exists():
         ingest.add(ingest.path / "rootfs.tar", LayerType.ROOTFS)
     if (ingest.path / "shm.tar").exists():

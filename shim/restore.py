@@ -6,6 +6,7 @@
     rootfs      the checkpoint's writable layer onto the mounted root, with a journal; then /dev/shm
     rewrite     CRIU's small images into a private directory, pages as links, addresses of sockets
     create      `runc restore`, leave-stopped
+    fill        the pages that are not CRIU's into the stopped tree (smr.shim.pages)
     adopt       hostname and `lo` of the new container
 
 Until `create` returns nothing of the container has run, so every failure can be undone (smr.shim.undo), by this process, or
@@ -29,11 +30,12 @@ from smr.proto.annotations import CRIU_OPTIONS, Annotations, Check, Tcp
 from smr.proto.checkpoint import MOUNT_ANNOTATION, LayerType
 from smr.proto.errors import Code, SmrError
 from smr.proto.oci import Mount, Spec, parse_spec
-from smr.shim import criu, engines, mountinfo, namespaces, preflight, procs
+from smr.shim import criu, engines, mountinfo, namespaces, pages, preflight, procs
 from smr.shim.config import Config, load
 from smr.shim.criu import Criu
 from smr.shim.files import drop_tree, remove_tree, write_atomic
 from smr.shim.oci_args import RuntimeCall
+from smr.shim.pages import Delivery
 from smr.shim.resume import write_marker
 from smr.shim.state import ContainerState, Status
 
@@ -58,6 +60,7 @@ def restore(call: RuntimeCall, spec: Spec, annotations: Annotations, config: Con
             tool = criu.find(config)
             preflight.compare(image.config, spec, annotations)
             image.check()
+            delivery = pages.choose(image, annotations.pages)
         prefetch = start_prefetch(config, image, state)
         stack.callback(stop_prefetch, prefetch)
         with state.stage("rootfs"):
@@ -65,12 +68,14 @@ def restore(call: RuntimeCall, spec: Spec, annotations: Annotations, config: Con
             fill_tmpfs(state, image, spec, annotations)
         with state.stage("rewrite"):
             stack.enter_context(criu_folder(state))
-            rewrite(state, image, spec, annotations)
+            rewrite(state, image, spec, annotations, delivery)
         with state.stage("create"):
             run_restore(call, image, annotations, tool, state)
-        with state.stage("adopt"):
             state.record.pid = _pid(call, state)
             state.record.pid_started = procs.started(state.record.pid)
+        with state.stage("fill"):
+            pages.fill_tree(delivery, image, state.record.pid, config)
+        with state.stage("adopt"):
             namespaces.adopt(state.record.pid, spec)
         with state.stage("source"):
             if annotations.rootfs is Check.CHECK:
@@ -85,7 +90,10 @@ def start_prefetch(config: Config, image: Image, state: ContainerState) -> subpr
 
     The file that would cancel it is never made: its name tells undo whose process that is, when this one was killed.
     """
-    if sum(layer.size_bytes for layer in image.layers_of(LayerType.PAGES)) < _PREFETCH_FROM_BYTES:
+    if (
+        sum(layer.size_bytes for kind in (LayerType.PAGES, LayerType.SEGMENT) for layer in image.layers_of(kind))
+        < _PREFETCH_FROM_BYTES
+    ):
         return None
     argv = [sys.executable, "-I", "-m", "smr.images.prefetch", str(config.store), image.digest, str(state.path / "cancel")]
     null = subprocess.DEVNULL
@@ -151,9 +159,10 @@ def criu_folder(state: ContainerState) -> Iterator[None]:
         os.close(fd)
 
 
-def rewrite(state: ContainerState, image: Image, spec: Spec, annotations: Annotations) -> None:
+def rewrite(state: ContainerState, image: Image, spec: Spec, annotations: Annotations, delivery: Delivery) -> None:
     """CRIU's directory of this restore, edited for the new container; also the spec, where the annotations add mounts."""
     image.materialize(state.criu_dir)
+    delivery.put_back(state.criu_dir)
     if annotations.mounts:
         _add_mounts(state, spec, annotations)
     if image.config.bound_addresses:
@@ -166,7 +175,7 @@ def _open_to_user_namespace(folder: Path) -> None:
     """In a user namespace CRIU opens images as the container's root, who is somebody else here. The store above stays 0700."""
     folder.chmod(0o711)
     for file in folder.iterdir():
-        if not file.name.startswith("pages-"):  # links to blobs, which all may read
+        if file.stat().st_nlink == 1:  # others are links to blobs, which all may read
             file.chmod(0o644)
 
 

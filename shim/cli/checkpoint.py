@@ -20,8 +20,13 @@ from smr.shim.cli.output import json_option, print_json, progress, size
     show_default=True,
     help="close: established connections are not saved, and go on here. established: they are saved.",
 )
+@click.option(
+    "--compress", is_flag=True, help="Store memory compressed where that pays: less to read from a slow disk or to send."
+)
 @json_option
-def checkpoint(container: str, name: str, engine: str, root: str, leave_running: bool, tcp: str, as_json: bool) -> None:
+def checkpoint(
+    container: str, name: str, engine: str, root: str, leave_running: bool, tcp: str, compress: bool, as_json: bool
+) -> None:
     """Make an image of a running CONTAINER (name or id of podman, containerd or the runtime)."""
     from smr.proto.annotations import Tcp
     from smr.shim import checkpoint as work
@@ -32,7 +37,7 @@ def checkpoint(container: str, name: str, engine: str, root: str, leave_running:
     config = load()
     target = locate.find(container, engine=engine, runtime=real_runtime(config), root=root)
     with progress(f"checkpoint {container}") as step:
-        result = work.checkpoint(target, name, config, tcp=Tcp(tcp), stop=not leave_running, progress=step)
+        result = work.checkpoint(target, name, config, tcp=Tcp(tcp), stop=not leave_running, compress=compress, progress=step)
     image = result.image
     if as_json:
         print_json(

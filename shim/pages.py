@@ -1,0 +1,82 @@
+"""How the pages of a restore reach memory: the strategy, and the fill of the tree that CRIU has made.
+
+    criu    the pages are put back into CRIU's files, and CRIU reads them
+    fill    CRIU makes the tree without them, and they are written into it before it runs; `auto` is this
+    lazy    CRIU makes the tree without them, and a server brings them while it runs (smr.shim.lazy)
+
+An image without segments has no choice: all its pages are CRIU's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from smr.images.budget import fill_slot
+from smr.images.fill import Filled, Source, fill
+from smr.images.image import Image
+from smr.images.pagecache import available_bytes
+from smr.images.pagetable import PageTable
+from smr.images.prefetch import Way, plan
+from smr.images.segments import page_table, segment_paths
+from smr.proto.annotations import Pages
+from smr.proto.errors import Code, SmrError
+from smr.shim import cgroups, procs
+from smr.shim.config import Config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivery:
+    """The pages of one image that are not CRIU's, and how they come. `table` is None when there are none."""
+
+    strategy: Pages
+    table: PageTable | None
+    segments: tuple[Path, ...]
+
+    def put_back(self, folder: Path) -> None:
+        """For CRIU's own way: give it all pages. Otherwise nothing."""
+        if self.table is not None and self.strategy is Pages.CRIU:
+            from smr.images.join import join
+
+            join(folder, self.table, self.segments)
+
+
+def choose(image: Image, wanted: Pages) -> Delivery:
+    """The strategy for an image. Raises IMAGE_CORRUPT for a page table that lies."""
+    table = page_table(image)
+    if table is None:
+        return Delivery(strategy=Pages.CRIU, table=None, segments=())
+    strategy = Pages.FILL if wanted is Pages.AUTO else wanted
+    return Delivery(strategy=strategy, table=table, segments=tuple(segment_paths(image)))
+
+
+def fill_tree(delivery: Delivery, image: Image, root_pid: int, config: Config) -> Filled | None:
+    """Fill the stopped tree below `root_pid`; None when there is nothing to fill.
+
+    Raises MEMORY_LIMIT before a page is written when the container's limit or the node has no room, and what `fill` raises.
+    """
+    if delivery.table is None or delivery.strategy is not Pages.FILL:
+        return None
+    size_bytes = delivery.table.memory_bytes
+    check_limit(root_pid, size_bytes)
+    pids = {process.ns_pid: process.pid for process in procs.tree(root_pid)}
+    way = plan(image, available_bytes()).way
+    with fill_slot(config.run, size_bytes) as slot:
+        return fill(
+            delivery.table,
+            delivery.segments,
+            pids,
+            threads=slot.threads,
+            source=Source.CACHE if way is Way.CACHE else Source.DIRECT,
+        )
+
+
+def check_limit(pid: int, size_bytes: int) -> None:
+    """Raise MEMORY_LIMIT when the memory limit of a process's cgroups leaves less than `size_bytes`: the kernel would kill it."""
+    room = cgroups.memory_room(pid)
+    if room is not None and room < size_bytes:
+        raise SmrError(
+            f"the container's memory limit leaves {room >> 20} MiB: its image needs {size_bytes >> 20} MiB",
+            hint="raise the container's memory limit",
+            code=Code.MEMORY_LIMIT,
+        )
