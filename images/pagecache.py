@@ -48,25 +48,48 @@ def cached_bytes_of(path: Path) -> int:
 
 
 def available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Memory that can be had without swapping: the machine's, or the limit of our own cgroup if that is less."""
-    lines = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
-    return min(int(lines["MemAvailable"].split()[0]) << 10, _cgroup_limit_bytes(proc, cgroups))
+    """Memory that can be had without swapping: the machine's, or what the limits around our own cgroup leave, if that is less.
+
+    Locked memory, so also pinned images, is not among it.
+    """
+    return max(0, min(meminfo(proc)["MemAvailable"], *_cgroup_rooms(proc, cgroups)))
 
 
-def _cgroup_limit_bytes(proc: Path, cgroups: Path) -> int:
-    limits = [_NO_LIMIT_BYTES]
+def meminfo(proc: Path = Path("/proc")) -> dict[str, int]:
+    """/proc/meminfo, in bytes."""
+    lines = (line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
+    return {name: int(rest.split()[0]) << (10 if rest.endswith("kB") else 0) for name, rest in lines}
+
+
+def _cgroup_rooms(proc: Path, cgroups: Path) -> list[int]:
+    """What each limit from our cgroup up leaves, on cgroup v1 and v2."""
+    rooms = [_NO_LIMIT_BYTES]
     with suppress(OSError):
         for line in (proc / "self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             if "memory" in controllers.split(","):
-                file = cgroups / f"memory{path}" / "memory.limit_in_bytes"
+                root, names = cgroups / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
             elif not controllers:
-                file = cgroups / f".{path}" / "memory.max"
+                root, names = cgroups, ("memory.max", "memory.current")
             else:
                 continue
-            with suppress(OSError, ValueError):  # "max", or a cgroup that our namespace does not show
-                limits.append(int(file.read_text()))
-    return min(limits)
+            folder = root / path.lstrip("/")
+            rooms += [_room(place, *names) for place in (folder, *folder.parents) if place.is_relative_to(root)]
+    return rooms
+
+
+def _room(cgroup: Path, limit: str, usage: str) -> int:
+    """Limit less what is in use and is not a file's: the kernel drops page cache before it refuses memory."""
+    with suppress(OSError, ValueError):  # "max", or a cgroup that our namespace does not show
+        limit_bytes = int((cgroup / limit).read_text())
+        with suppress(OSError, ValueError):
+            lines = (line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+            files = {name: int(count) for name, count in lines if name.endswith("active_file")}
+            # v1 counts the children in total_*, v2 always.
+            cached = sum(files.get(f"total_{name}", files.get(name, 0)) for name in ("active_file", "inactive_file"))
+            return limit_bytes - int((cgroup / usage).read_text()) + cached
+        return limit_bytes
+    return _NO_LIMIT_BYTES
 
 
 @cache

@@ -47,6 +47,7 @@ class Code(StrEnum):
     ROOTFS_FAILED = "rootfs_failed"
     NETWORK_FAILED = "network_failed"
     DISK_FULL = "disk_full"
+    MEMORY_LIMIT = "memory_limit"
     PERMISSION = "permission"
     TIMEOUT = "timeout"
     UNSUPPORTED = "unsupported"

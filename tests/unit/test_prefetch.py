@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,17 +15,28 @@ from smr.images.image import Image
 from smr.images.store import Store
 from smr.proto.checkpoint import LayerType
 from smr.proto.errors import Code, SmrError
-from tests.store_support import commit
+from tests.store_support import fill, make_config
 
 MIB = 1 << 20
 PAGES = {"pages-1.img": os.urandom(9 * MIB + 5), "pages-2.img": os.urandom(100)}
+SEGMENTS = (
+    (LayerType.SEGMENT, "segment-0", os.urandom(8 * MIB + 4096)),
+    (LayerType.SEGMENT, "segment-1", os.urandom(4096)),
+    (LayerType.PAGETABLE, "pagetable", b"table" * 1000),
+)
+MEMORY_BYTES = 64 * MIB
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    """A store with one image of some pages."""
+    """A store with one image of some pages, of CRIU's and of ours."""
     store = Store(tmp_path / "store")
-    commit(store, "llama", pages=PAGES)
+    with store.ingest() as ingest:
+        for kind, title, data in SEGMENTS:
+            (ingest.path / title).write_bytes(data)
+            ingest.add(ingest.path / title, kind, title=title)
+        fill(ingest, pages=PAGES)
+        ingest.commit("llama", replace(make_config(), memory_bytes=MEMORY_BYTES))
     return store
 
 
@@ -63,8 +77,8 @@ def test_prefetch_brings_the_whole_image_into_memory(image: Image) -> None:
 
 def test_prefetch_takes_only_its_share_of_memory(image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
     """What does not fit is left on disk: read-ahead must not push the containers of the node out of memory."""
-    monkeypatch.setattr(prefetch, "available_bytes", lambda: 4 * MIB)
-    result = prefetch.prefetch(image, share=0.5)
+    monkeypatch.setattr(prefetch, "available_bytes", lambda: 200 * MIB)
+    result = prefetch.prefetch(image, share=0.01)
     assert result.read_bytes <= 2 * MIB
     assert result.left_bytes == total(image) - result.read_bytes
     assert not result.cancelled
@@ -80,6 +94,127 @@ def test_prefetch_stops_when_it_is_cancelled(image: Image, tmp_path: Path) -> No
     assert (result.cancelled, result.read_bytes, result.left_bytes) == (True, 0, total(image))
     cancel.unlink()
     assert not prefetch.prefetch(image, cancel=cancel).cancelled
+
+
+def test_prefetch_ends_with_what_it_is_for(image: Image, tmp_path: Path) -> None:
+    """The bundle of a container that was given up is gone, and then nobody needs its image."""
+    result = prefetch.prefetch(image, alive=tmp_path / "bundle")
+    assert (result.cancelled, result.read_bytes) == (True, 0)
+    (tmp_path / "bundle").mkdir()
+    assert not prefetch.prefetch(image, alive=tmp_path / "bundle").cancelled
+
+
+def test_small_layers_alone(image: Image) -> None:
+    """Pages that will come past the page cache are not read into it."""
+    prefetch.prefetch(image, bulk=False)
+    for layer in image.layers:
+        large = layer.kind in {LayerType.PAGES, LayerType.SEGMENT, LayerType.PAGETABLE}
+        assert pagecache.cached_bytes_of(layer.path) == (0 if large else layer.size_bytes), layer.kind
+
+
+def test_order_is_that_of_a_restore(image: Image) -> None:
+    """First what CRIU opens, then its pages, then the page table, then the segments from their begin."""
+    kinds = {layer.path: layer.kind for layer in image.layers}
+    order = [kinds[piece.path] for piece in prefetch._pieces(image, (*prefetch._SMALL, *prefetch._BULK))]
+    wanted = ["CRIU", "ROOTFS", "TMPFS", "PAGES", "PAGETABLE", "SEGMENT"]
+    assert list(dict.fromkeys(kind.name for kind in order)) == wanted
+    assert order.count(LayerType.SEGMENT) == 3
+
+
+def test_container_keeps_its_room(image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read is no more than what is left when the container has its memory, however large the share."""
+    monkeypatch.setattr(prefetch, "available_bytes", lambda: MEMORY_BYTES + 10 * MIB)
+    assert 0 < prefetch.prefetch(image, share=1.0).read_bytes <= 10 * MIB
+
+
+@pytest.mark.parametrize(
+    ("available", "container", "share", "room"),
+    [(100, 20, 0.5, 50), (100, 60, 0.5, 40), (100, 100, 0.5, 0), (100, 200, 0.5, 0), (100, 20, 0.1, 10), (0, 0, 0.5, 0)],
+)
+def test_room_is_a_share_and_leaves_the_container_its_own(available: int, container: int, share: float, room: int) -> None:
+    """Never below nothing."""
+    assert prefetch.cache_room(available, container, share) == room
+
+
+def test_plan_goes_past_the_cache_where_there_is_no_room(image: Image) -> None:
+    """An image that fits beside its container goes through the cache; one that does not, past it, unless it is there already."""
+    assert prefetch.plan(image, 4 * MEMORY_BYTES).way is prefetch.Way.CACHE
+    tight = prefetch.plan(image, MEMORY_BYTES + MIB)
+    assert (tight.way, tight.room_bytes, tight.cached_bytes) == (prefetch.Way.DIRECT, MIB, 0)
+    prefetch.prefetch(image)
+    assert prefetch.plan(image, MEMORY_BYTES + MIB).way is prefetch.Way.CACHE
+
+
+def test_program_leaves_the_pages_where_there_is_no_room(store: Store, image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fill will read them past the page cache; what CRIU reads is in memory."""
+    monkeypatch.setattr(prefetch, "available_bytes", lambda: MEMORY_BYTES + 5 * MIB)
+    assert prefetch.main([str(store.root), "llama"]) == 0
+    assert pagecache.cached_bytes_of(image.layers_of(LayerType.SEGMENT)[0].path) == 0
+    assert pagecache.cached_bytes_of(image.layers_of(LayerType.CRIU)[0].path) > 0
+
+
+def test_progress_adds_up_to_the_image(image: Image) -> None:
+    """What was in memory counts as dealt with."""
+    image.layers_of(LayerType.SEGMENT)[0].path.read_bytes()
+    counts: list[int] = []
+    prefetch.prefetch(image, progress=counts.append)
+    assert sum(counts) == total(image)
+
+
+def test_readers_grow_while_that_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice as many for as long as the device gives a fifth more with them; then no more."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    clock = [0.0]
+    monkeypatch.setattr(prefetch.time, "monotonic", lambda: clock[0])
+    ramp, seen = prefetch._Ramp(None), []
+    for _ in range(400):
+        clock[0] += 1.0 / min(ramp.readers, 3)  # a device that three readers keep busy
+        ramp.read(prefetch.PIECE_BYTES)
+        seen.append(ramp.readers)
+    assert list(dict.fromkeys(seen)) == [2, 4, 8]
+
+
+def test_readers_that_were_asked_for(image: Image) -> None:
+    """A number that the user gave is that number."""
+    ramp = prefetch._Ramp(3)
+    for _ in range(100):
+        ramp.read(prefetch.PIECE_BYTES)
+    assert ramp.readers == 3
+
+
+def test_second_prefetch_waits_and_reads_nothing(image: Image) -> None:
+    """Two restores of an image at once read it once: the second begins when the first is done."""
+    order: list[str] = []
+    results: list[prefetch.Prefetched] = []
+
+    def first_piece(_: int) -> None:
+        if not order:
+            order.append("first reads")
+            second.start()
+            assert not done.wait(0.3), "the second did not wait"
+
+    def later() -> None:
+        results.append(prefetch.prefetch(image))
+        done.set()
+
+    done = threading.Event()
+    second = threading.Thread(target=later)
+    assert prefetch.prefetch(image, threads=1, progress=first_piece).read_bytes == total(image)
+    second.join()
+    assert (results[0].read_bytes, results[0].cached_bytes) == (0, total(image))
+
+
+def test_waiting_prefetch_can_be_cancelled(image: Image, tmp_path: Path) -> None:
+    """Also while another one reads."""
+    fd = os.open(image.layers[0].path, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    timer = threading.Timer(0.1, (tmp_path / "cancel").touch)
+    timer.start()
+    try:
+        assert prefetch.prefetch(image, cancel=tmp_path / "cancel").cancelled
+    finally:
+        os.close(fd)
+        timer.join()
 
 
 def test_prefetch_names_the_image_that_it_cannot_read(image: Image) -> None:
@@ -148,6 +283,7 @@ def memory_files(tmp_path: Path, cgroup: str) -> tuple[Path, Path]:
         ("0::/elsewhere\n", "pod/memory.max", "1\n", 8 << 30),
         ("4:cpu,memory:/pod\n0::/\n", "memory/pod/memory.limit_in_bytes", "1073741824\n", 1 << 30),
         ("4:memory:/pod\n", "memory/pod/memory.limit_in_bytes", "9223372036854771712\n", 8 << 30),
+        ("0::/pod/container\n", "pod/memory.max", "1073741824\n", 1 << 30),
     ],
 )
 def test_available_memory_is_within_our_own_cgroup(tmp_path: Path, cgroup: str, file: str, limit: str, expected: int) -> None:
@@ -156,6 +292,28 @@ def test_available_memory_is_within_our_own_cgroup(tmp_path: Path, cgroup: str, 
     (cgroups / file).parent.mkdir(parents=True)
     (cgroups / file).write_text(limit)
     assert pagecache.available_bytes(proc, cgroups) == expected
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "folder", "limit", "usage", "stat"),
+    [
+        ("0::/pod\n", "pod", "memory.max", "memory.current", "anon 1\nactive_file 1000\ninactive_file 24\nactive_anon 7\n"),
+        (
+            "4:memory:/pod\n",
+            "memory/pod",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "active_file 5\ninactive_file 5\ntotal_active_file 1000\ntotal_inactive_file 24\n",
+        ),
+    ],
+)
+def test_what_a_cgroup_uses_is_not_available(tmp_path: Path, cgroup: str, folder: str, limit: str, usage: str, stat: str) -> None:
+    """Its limit less its memory; page cache, its children's too, can be had."""
+    proc, cgroups = memory_files(tmp_path, cgroup)
+    (cgroups / folder).mkdir(parents=True)
+    for name, text in ((limit, "1073741824\n"), (usage, "73741824\n"), ("memory.stat", stat)):
+        (cgroups / folder / name).write_text(text)
+    assert pagecache.available_bytes(proc, cgroups) == 1_000_000_000 + 1024
 
 
 def test_program_reads_an_image(store: Store, image: Image) -> None:
