@@ -73,6 +73,7 @@ def restore(call: RuntimeCall, spec: Spec, annotations: Annotations, config: Con
             run_restore(call, image, annotations, tool, state)
             state.record.pid = _pid(call, state)
             state.record.pid_started = procs.started(state.record.pid)
+        state.save()
         with state.stage("fill"):
             pages.fill_tree(delivery, image, state.record.pid, config)
         with state.stage("adopt"):
