@@ -18,7 +18,6 @@ import collections
 import json
 import os
 import statistics
-import struct
 import subprocess
 import sys
 import time
@@ -31,6 +30,7 @@ from random import Random
 from typing import Any
 
 from bench.machine import describe
+from bench.pages_process import bf16
 from smr.images import codec
 from smr.images.pagetable import PAGE_BYTES, Codec
 
@@ -54,15 +54,6 @@ def memories(size_bytes: int) -> Iterator[tuple[str, bytes]]:
     text = b" ".join(draw.choice(words) for _ in range(size_bytes // 16))
     half = CHUNK // 2
     yield "zeros and text", b"".join(bytes(half) + text[at : at + half] for at in range(0, size_bytes // 2, half))
-
-
-def bf16(draw: Random, size_bytes: int) -> bytes:
-    """Weights of a layer as they are initialized, normal with a deviation of 0.02: the upper halves of floats."""
-    count = size_bytes // 2
-    floats = struct.pack(f"<{count}f", *(draw.gauss(0, 0.02) for _ in range(count)))
-    words = bytearray(size_bytes)
-    words[0::2], words[1::2] = floats[2::4], floats[3::4]
-    return bytes(words)
 
 
 def python_heap(size_bytes: int) -> bytes:
