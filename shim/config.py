@@ -5,6 +5,9 @@ store = "/var/lib/smr"        # checkpoint images
 criu = "/opt/smr/criu/sbin/criu"
 runtime = "runc"              # the real OCI runtime: a name on PATH or a path
 log = "/var/log/smr/smr.log"
+cache_share = 0.5             # of the memory that is available, what prefetch and each pin may take
+fills = 2                     # restores that fill memory at a time; the others wait for their turn
+fill_wait_s = 60.0            # how long a restore waits for its turn, and for memory
 
 The state directory (`run`, default /run/smr, must not survive a boot) is set by SMR_RUN alone: the sh part of smr-runtime
 looks there before anything reads TOML.
@@ -25,6 +28,34 @@ _PATHS = frozenset({"store", "run", "log"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Number:
+    """What a setting that is a number may be."""
+
+    least: float
+    most: float
+    whole: bool = False
+
+    def __str__(self) -> str:
+        return f"a {'whole ' if self.whole else ''}number from {self.least:g} to {self.most:g}"
+
+    def parse(self, value: object) -> float:
+        """From TOML or, as text, from the environment. Raises ValueError."""
+        if not isinstance(value, str | int | float) or isinstance(value, bool):
+            raise ValueError(value)
+        number = int(value) if self.whole and not isinstance(value, float) else float(value)
+        if not self.least <= number <= self.most or (self.whole and isinstance(number, float)):
+            raise ValueError(value)
+        return number
+
+
+_NUMBERS = {
+    "cache_share": _Number(least=0, most=1),
+    "fills": _Number(least=1, most=1000, whole=True),
+    "fill_wait_s": _Number(least=0, most=86400),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """Settings; every field has a default that works on a node where nothing was configured."""
 
@@ -33,6 +64,9 @@ class Config:
     criu: str = "criu"
     runtime: str = ""
     log: Path = Path("/var/log/smr/smr.log")
+    cache_share: float = 0.5
+    fills: int = 2
+    fill_wait_s: float = 60.0
 
 
 def load(path: Path | None = None, environ: Mapping[str, str] | None = None) -> Config:
@@ -43,7 +77,7 @@ def load(path: Path | None = None, environ: Mapping[str, str] | None = None) -> 
     for name in (f.name for f in fields(Config)):
         if value := env.get(f"SMR_{name.upper()}"):
             values[name] = value
-    typed = {name: Path(value).absolute() if name in _PATHS else value for name, value in values.items()}
+    typed = {name: _typed(name, value, file) for name, value in values.items()}
     return replace(Config(), **typed)  # type: ignore[arg-type]  # names and values are checked
 
 
@@ -52,7 +86,20 @@ def defaults(environ: Mapping[str, str] | None = None) -> Config:
     return load(Path(os.devnull), environ)
 
 
-def _from_file(file: Path) -> dict[str, str]:
+def _typed(name: str, value: object, file: Path) -> object:
+    if name in _PATHS:
+        return Path(str(value)).absolute()
+    if name not in _NUMBERS:
+        return value
+    try:
+        return _NUMBERS[name].parse(value)
+    except ValueError:
+        where = f"SMR_{name.upper()}" if isinstance(value, str) else f"{file}: {name}"
+        message = f"{where} = {value!r}: needed {_NUMBERS[name]}"
+        raise SmrError(message, hint="correct it, or leave it out", code=Code.CONFIG_INVALID) from None
+
+
+def _from_file(file: Path) -> dict[str, object]:
     import tomllib
 
     try:
@@ -71,8 +118,11 @@ def _from_file(file: Path) -> dict[str, str]:
     for key, value in table.items():
         if key not in known:
             raise SmrError(f"{file}: unknown key '{key}'", hint=_suggestion(key, known), code=Code.CONFIG_INVALID)
-        if not isinstance(value, str) or (key in _PATHS and not value.startswith("/")):
-            needed = "an absolute path" if key in _PATHS else "a string"
+        number = _NUMBERS.get(key)
+        if number and not isinstance(value, str):
+            continue
+        if number or not isinstance(value, str) or (key in _PATHS and not value.startswith("/")):
+            needed = number or ("an absolute path" if key in _PATHS else "a string")
             raise SmrError(f"{file}: {key} = {value!r}: needed {needed}", hint=f"correct {file}", code=Code.CONFIG_INVALID)
     return table
 

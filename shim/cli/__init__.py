@@ -21,10 +21,12 @@ _COMMANDS = {
     "images": ("images", "images"),
     "import": ("transfer", "import_command"),
     "inspect": ("inspect", "inspect"),
-    "prefetch": ("images", "prefetch"),
+    "pin": ("memory", "pin"),
+    "prefetch": ("memory", "prefetch"),
     "ps": ("ps", "ps"),
     "restore": ("restore", "restore"),
     "trace": ("trace", "trace"),
+    "unpin": ("memory", "unpin"),
 }
 
 

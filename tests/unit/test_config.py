@@ -36,7 +36,11 @@ def test_missing_file_gives_the_defaults(tmp_path: Path) -> None:
 def test_every_setting_of_the_file(tmp_path: Path) -> None:
     """Paths are paths."""
     text = '[smr]\nstore = "/s"\ncriu = "/c/criu"\nruntime = "crun"\nlog = "/l"\n'
-    assert load(write(tmp_path, text), {}) == Config(store=Path("/s"), criu="/c/criu", runtime="crun", log=Path("/l"))
+    text += "cache_share = 0.25\nfills = 4\nfill_wait_s = 5\n"
+    expected = Config(
+        store=Path("/s"), criu="/c/criu", runtime="crun", log=Path("/l"), cache_share=0.25, fills=4, fill_wait_s=5.0
+    )
+    assert load(write(tmp_path, text), {}) == expected
 
 
 def test_environment_comes_after_the_file(tmp_path: Path) -> None:
@@ -67,7 +71,7 @@ def test_mistyped_key_is_an_error_with_a_suggestion(tmp_path: Path, key: str, me
 
 def test_unlike_key_lists_the_known_ones(tmp_path: Path) -> None:
     """Without a close match."""
-    assert failure(tmp_path, '[smr]\nzzz = "/x"\n').hint == "known: store, criu, runtime, log"
+    assert failure(tmp_path, '[smr]\nzzz = "/x"\n').hint == "known: store, criu, runtime, log, cache_share, fills, fill_wait_s"
 
 
 def test_state_directory_is_no_setting_of_the_file(tmp_path: Path) -> None:
@@ -87,6 +91,26 @@ def test_setting_outside_its_table(tmp_path: Path) -> None:
 def test_bad_values(tmp_path: Path, text: str) -> None:
     """No TOML, no table, no string, no absolute path."""
     failure(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("cache_share = 1.5", "cache_share = -0.1", 'cache_share = "0.5"', "cache_share = nan", "cache_share = true"),
+        *("fills = 0", "fills = 2.5", "fills = [1]", "fill_wait_s = -1", "fill_wait_s = inf"),
+    ],
+)
+def test_numbers_out_of_their_range(tmp_path: Path, text: str) -> None:
+    """The message says what is needed."""
+    assert "needed a" in failure(tmp_path, f"[smr]\n{text}\n").message
+
+
+def test_numbers_of_the_environment(tmp_path: Path) -> None:
+    """As text; one that is none is named."""
+    assert load(tmp_path / "none", {"SMR_FILLS": "3", "SMR_CACHE_SHARE": "0.1"}) == Config(fills=3, cache_share=0.1)
+    for bad in ("x", "0", "1.5"):
+        with pytest.raises(SmrError, match=f"SMR_FILLS = '{bad}': needed a whole number from 1 to 1000"):
+            load(tmp_path / "none", {"SMR_FILLS": bad})
 
 
 def test_file_that_is_no_text(tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+from smr.images.pagecache import cached_bytes_of
 from smr.images.store import Store
 from smr.proto.checkpoint import LayerType
 from smr.shim.cli import main
@@ -18,6 +20,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     """The store that the commands use."""
     monkeypatch.setenv("SMR_CONFIG", str(tmp_path / "none.toml"))
     monkeypatch.setenv("SMR_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("SMR_RUN", str(tmp_path / "run"))
     return Store(tmp_path / "store")
 
 
@@ -60,8 +63,37 @@ def test_ls_lists_names_sizes_and_origin(store: Store, smr: Smr) -> None:
             "digest": image.digest,
             "created": image.created,
             "size_bytes": image.size_bytes,
+            "cached_share": 1.0,
+            "pinned": False,
         }
     ]
+
+
+def test_ls_shows_the_share_that_is_in_memory(store: Store, smr: Smr) -> None:
+    """A percentage a line, segments counted by their bytes."""
+    image = commit(store, "llama", pages={"pages-1.img": os.urandom(1 << 20), "pages-2.img": os.urandom(3 << 20)})
+    assert "100%" in smr("images", "ls").splitlines()[1].split()
+    large = max(image.layers, key=lambda layer: layer.size_bytes)
+    fd = os.open(large.path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+    if cached_bytes_of(large.path):
+        pytest.skip("this file system keeps files in memory (tmpfs)")
+    (line,) = smr("images", "ls").splitlines()[1:]
+    assert {"25%", "26%"} & set(line.split())
+    found = smr.json("images", "ls")
+    assert isinstance(found, list)
+    assert found[0]["cached_share"] == pytest.approx(0.25, abs=0.02)
+
+
+def test_pin_list_of_nothing(store: Store, smr: Smr) -> None:
+    """No pin is not an error; an image that is not there is one."""
+    assert smr.json("pin", "--list") == []
+    smr("pin", "lama", status=3)
+    smr("unpin", "lama", status=3)
 
 
 def test_ls_of_an_empty_store(store: Store, smr: Smr) -> None:
