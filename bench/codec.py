@@ -1,10 +1,11 @@
 """What chunks of pages compress to, and how fast: `python -m bench.codec [--json] [--size-mib N] [--runs N]`.
 
-Every way of storing is tried on chunks of 2 MiB of four kinds of memory, on one core; the last one of each kind is what
-`smr.images.codec` chooses, with its choice. Speeds are of pages, in GB/s, medians of `--runs`.
+Every way of storing is tried on chunks of 2 MiB of four kinds of memory, on one core; the last two of each kind are what
+`smr.images.codec` chooses, without and with planes, and what all cores decode in threads of one process. Speeds are of pages, in
+GB/s, medians of `--runs`.
 
     {"machine": {..}, "size_mib": 8, "rows": [{"memory": "bf16", "how": "zstd 1", "ratio": .., "encode_gb_per_s": ..,
-     "decode_gb_per_s": ..}, .., {.., "how": "chosen", "codecs": {"ZSTD_PLANES": 4}, "decode_threads_gb_per_s": ..}]}
+     "decode_gb_per_s": ..}, .., {.., "how": "chosen, planes", "codecs": {"ZSTD_PLANES": 4}, "decode_threads_gb_per_s": ..}]}
 
 `long` is zstd's long mode: within a chunk nothing is further away than the chunk, so it is there to show that it gains nothing.
 `whole, long` is all of the memory as one frame, which shows what independent chunks cost. Chunks that stay raw are not decoded:
@@ -128,7 +129,8 @@ def measure(memory: str, data: bytes, runs: int) -> Iterator[dict[str, object]]:
             raise SystemExit(f"bench.codec: {how} of {memory} did not come back")
         yield _row(memory, how, data, sum(map(len, stored)), encode_s, decode_s)
     yield _whole(memory, data, runs)
-    yield _chosen(memory, data, chunks, runs)
+    yield _chosen(memory, data, chunks, runs, planes=False)
+    yield _chosen(memory, data, chunks, runs, planes=True)
 
 
 def _whole(memory: str, data: bytes, runs: int) -> dict[str, object]:
@@ -141,10 +143,10 @@ def _whole(memory: str, data: bytes, runs: int) -> dict[str, object]:
     return _row(memory, "whole, long", data, len(stored), encode_s, decode_s)
 
 
-def _chosen(memory: str, data: bytes, chunks: Sequence[bytes], runs: int) -> dict[str, object]:
-    packed = [codec.encode(chunk) for chunk in chunks]
+def _chosen(memory: str, data: bytes, chunks: Sequence[bytes], runs: int, *, planes: bool) -> dict[str, object]:
+    packed = [codec.encode(chunk, planes=planes) for chunk in chunks]
     jobs = [(int(kind), stored, len(chunk)) for (kind, stored), chunk in zip(packed, chunks, strict=True)]
-    encode_s, _ = timed(runs, lambda: [codec.encode(chunk)[1] for chunk in chunks])
+    encode_s, _ = timed(runs, lambda: [codec.encode(chunk, planes=planes)[1] for chunk in chunks])
     decode_s, back = timed(runs, lambda: list(starmap(codec.decode, jobs)))
     if b"".join(back) != data:
         raise SystemExit(f"bench.codec: {memory} did not come back")
@@ -153,7 +155,7 @@ def _chosen(memory: str, data: bytes, chunks: Sequence[bytes], runs: int) -> dic
     decoded = any(kind != Codec.RAW for kind, _ in packed)
     taken = sum(-(-len(stored) // PAGE_BYTES) * PAGE_BYTES for _, stored in packed)
     return {
-        **_row(memory, "chosen", data, taken, encode_s, decode_s),
+        **_row(memory, "chosen, planes" if planes else "chosen", data, taken, encode_s, decode_s),
         **({} if decoded else {"decode_gb_per_s": None}),
         "codecs": collections.Counter(kind.name for kind, _ in packed),
         "decode_threads_gb_per_s": _rate(data, threads_s) if decoded else None,

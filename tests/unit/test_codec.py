@@ -43,15 +43,22 @@ def refused(codec: int, stored: bytes, size_bytes: int) -> str:
 @pytest.mark.parametrize(("pages", "codec"), [(NOISE, Codec.RAW), (TEXT, Codec.ZSTD), (WEIGHTS, Codec.ZSTD_PLANES)])
 def test_each_kind_of_memory_finds_its_codec_and_comes_back(pages, codec, wrap, level):
     """Noise stays as it is, text becomes a frame, 16-bit weights become planes; at any level all come back byte by byte."""
-    found, stored = encode(wrap(pages), level=level)
+    found, stored = encode(wrap(pages), level=level, planes=True)
     assert found is codec
     assert len(stored) <= len(pages) * (1 if codec is Codec.RAW else 7 / 8)
     assert bytes(decode(found, stored, len(pages))) == pages
 
 
+def test_planes_are_for_who_asks():
+    """Without, weights are a frame like everything else."""
+    codec, stored = encode(WEIGHTS)
+    assert codec is Codec.ZSTD
+    assert bytes(decode(codec, stored, len(WEIGHTS))) == WEIGHTS
+
+
 def test_planes_make_weights_smaller_than_zstd_alone_does():
     """They save at least an eighth more than the frame that any level makes of the words as they are."""
-    _, stored = encode(WEIGHTS)
+    _, stored = encode(WEIGHTS, planes=True)
     for level in (1, 9):
         assert len(stored) < len(zstandard.ZstdCompressor(level=level).compress(WEIGHTS)) * 7 / 8
 
@@ -61,7 +68,7 @@ def test_planes_make_weights_smaller_than_zstd_alone_does():
 def test_chunks_of_any_length_come_back(kind, pages):
     """From one page to 512."""
     part = kind[: pages * PAGE_BYTES]
-    codec, stored = encode(part)
+    codec, stored = encode(part, planes=True)
     assert bytes(decode(codec, memoryview(bytes(stored)), len(part))) == part
 
 
@@ -182,7 +189,7 @@ def test_threads_do_not_disturb_each_other():
         for _ in range(20):
             begin = draw.randrange(256) * PAGE_BYTES
             part = draw.choice((TEXT, WEIGHTS, NOISE))[begin : begin + 64 * PAGE_BYTES]
-            codec, stored = encode(part, level=draw.choice((1, 3)))
+            codec, stored = encode(part, level=draw.choice((1, 3)), planes=draw.choice((True, False)))
             if bytes(decode(codec, stored, len(part))) != part:
                 wrong.append(seed)
 
