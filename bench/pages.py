@@ -7,7 +7,7 @@ its pages, stopped; both are the same version of CRIU, on the same machine, one 
     warm          the files are in the page cache
     cold          they are not; beside it the device's own rate for the same files, read past the page cache with as many threads
     compressed    cold, the memory is bf16 weights and the segments are compressed
-    lazy          SMR's page server: from the start of CRIU until the process has answered a request
+    lazy          SMR's page server: from its start until the process has answered a request; stock, filled and then asked
     split         what splitting adds to a dump
     many          ten restores of one image of 1 GiB at once, against one of N GiB
 
@@ -16,7 +16,8 @@ its pages, stopped; both are the same version of CRIU, on the same machine, one 
 
 `gb_per_s` is memory (GB) over `smr_s`; `criu_s` is CRIU's part of it. `extra_mib` is the most anonymous memory of the process
 that fills beyond what it had before, seen by looking every 2 ms: buffers and decoded chunks, not the page cache, which it maps.
-After each kind of restore up to 200,000 pages are compared with what they were; then the process is continued and asked.
+After each kind of restore up to 200,000 pages are compared with what they were, and each restored process is asked whether some
+of its pages are right.
 
 Needs root, memory for twice the size (page cache and process) and disk for 1.25 times the size in `--dir` (default /var/tmp;
 removed at the end, after Ctrl-C too), which has to be a real one for the cold cases.
@@ -33,229 +34,19 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from bench.machine import describe
-from bench.overhead import REPOSITORY, find_criu
+from bench.overhead import find_criu
 from bench.pages_files import device_gb_per_s, drop, threads, warm
-from bench.pages_process import PAGE_BYTES, Content
-from smr.images.split import split
+from bench.pages_restore import Bench, Image, Row, workers
 from smr.proto.errors import SmrError
 
 CASES = ("warm", "cold", "compressed", "lazy", "split", "many")
 MANY = 10
 MANY_GIB = 1
-_ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))}
-Row = dict[str, Any]
-
-
-class Worker:
-    """A process that restores, and the most anonymous memory that it had."""
-
-    def __init__(self) -> None:
-        argv = [sys.executable, "-m", "bench.pages_worker"]
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(argv, cwd=REPOSITORY, env=_ENVIRONMENT, stdin=pipe, stdout=pipe, text=True)
-        self.send({"do": "end"})
-        self.receive()
-
-    def send(self, order: Mapping[str, object]) -> None:
-        """Give an order."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-
-    def receive(self) -> Row:
-        """Its answer."""
-        assert self._process.stdout is not None
-        answer: Row = json.loads(self._process.stdout.readline() or '{"error": "the worker ended"}')
-        if "error" in answer:
-            raise RuntimeError(answer["error"])
-        return answer
-
-    def call(self, order: Mapping[str, object]) -> Row:
-        """Order and answer, with `extra_bytes` of memory."""
-        before, peak, done = self._anonymous_bytes(), 0, threading.Event()
-
-        def watch() -> None:
-            nonlocal peak
-            while not done.wait(0.002):
-                peak = max(peak, self._anonymous_bytes())
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        try:
-            self.send(order)
-            answer = self.receive()
-        finally:
-            done.set()
-            watcher.join()
-        return {**answer, "extra_bytes": max(peak - before, 0)}
-
-    def close(self) -> None:
-        """End it and what it restored."""
-        self._process.communicate()
-
-    def _anonymous_bytes(self) -> int:
-        status = Path(f"/proc/{self._process.pid}/status").read_text()
-        return next((int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("RssAnon:")), 0)
-
-
-@dataclass(slots=True, kw_only=True)
-class Image:
-    """A dump, whole or split."""
-
-    folder: Path
-    size_gib: float
-    kind: str
-    pid: int
-    address: int
-    dump_s: float
-    table: Path | None = None
-    segments: list[Path] = field(default_factory=list)
-    memory_bytes: int = 0
-
-    @property
-    def files(self) -> list[Path]:
-        """All that a restore reads."""
-        return [
-            *(path for path in self.images.iterdir() if path.is_file()),
-            *([self.table] if self.table else []),
-            *self.segments,
-        ]
-
-    @property
-    def images(self) -> Path:
-        """CRIU's directory."""
-        return self.folder / "criu"
-
-    @property
-    def stored_bytes(self) -> int:
-        """Size of the segments."""
-        return sum(path.stat().st_size for path in self.segments)
-
-    def order(self, criu: str, number: int = 0) -> Row:
-        """Tells a worker to restore it."""
-        parts = {"table": str(self.table or ""), "segments": [str(path) for path in self.segments]}
-        return {"do": "restore", "criu": criu, "folder": str(self.images), "work": str(self.folder / f"work{number}"), **parts}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bench:
-    """Where it is measured and with what."""
-
-    criu: str
-    folder: Path
-    runs: int
-
-    @contextmanager
-    def process(self, size_gib: float, kind: str) -> Iterator[Image]:
-        """A process with its memory filled; it is there until a dump ends it."""
-        folder = Path(tempfile.mkdtemp(prefix=f"{kind}-", dir=self.folder))
-        size_bytes = int(size_gib * 2**30) >> 21 << 21
-        argv = [sys.executable, "-m", "bench.pages_process", str(folder), str(size_bytes), kind]
-        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen(argv, cwd=REPOSITORY, env=_ENVIRONMENT, start_new_session=True, **quiet)
-        try:
-            while not (folder / "ready").exists() or not (folder / "ready").read_text():
-                if process.poll() is not None:
-                    raise RuntimeError(f"the process of {size_gib} GiB ended with {process.returncode}: is there memory for it?")
-                time.sleep(0.01)
-            address = int((folder / "ready").read_text(), 16)
-            yield Image(folder=folder, size_gib=size_gib, kind=kind, pid=process.pid, address=address, dump_s=0)
-        finally:
-            process.kill()
-            process.wait()
-            shutil.rmtree(folder)
-
-    def dump(self, image: Image, *options: str) -> None:
-        """Have CRIU dump it."""
-        shutil.rmtree(image.images, ignore_errors=True)
-        image.images.mkdir()
-        image.table, image.segments = None, []
-        argv = [
-            self.criu,
-            "dump",
-            "-t",
-            str(image.pid),
-            "-D",
-            str(image.images),
-            "-W",
-            str(image.folder),
-            "-o",
-            "dump.log",
-            *options,
-        ]
-        begin = time.perf_counter()
-        done = subprocess.run(argv, capture_output=True, text=True, check=False)
-        image.dump_s = time.perf_counter() - begin
-        if done.returncode:
-            log = (image.folder / "dump.log").read_text(errors="replace").splitlines()
-            raise RuntimeError(f"criu dump ended with {done.returncode}: {[line for line in log if 'Error' in line][-3:]}")
-
-    def split(self, image: Image, *, compress: bool = False) -> float:
-        """Split it; returns the seconds that it took."""
-        out = image.folder / "segments"
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir()
-        begin = time.perf_counter()
-        result = split(image.images, out, compress=compress)
-        took = time.perf_counter() - begin
-        image.table = image.folder / "table"
-        image.table.write_bytes(result.table.to_bytes())
-        image.segments = [segment.path for segment in result.segments]
-        image.memory_bytes = result.table.memory_bytes
-        return took
-
-    def restores(self, image: Image, prepare: Callable[[Sequence[Path]], object]) -> list[Row]:
-        """`runs` restores, each after `prepare`; what it returns stands in `prepared`."""
-        answers = []
-        with _workers(1) as (worker,):
-            for _ in range(self.runs):
-                prepared = prepare(image.files)
-                answers.append({**worker.call(image.order(self.criu)), "prepared": prepared})
-                if len(answers) == self.runs:
-                    check(image, answers[-1]["pid"])
-                worker.call({"do": "end"})
-        return answers
-
-
-@contextmanager
-def _workers(count: int) -> Iterator[list[Worker]]:
-    with ExitStack() as stack:
-        workers = []
-        for _ in range(count):
-            workers.append(Worker())
-            stack.callback(workers[-1].close)
-        yield workers
-
-
-def check(image: Image, pid: int) -> None:
-    """Every page of a restored process is what it was, then it goes on and answers. Raises RuntimeError."""
-    content = Content(image.kind)
-    pages = (int(image.size_gib * 2**30) >> 21 << 21) // PAGE_BYTES
-    step = max(1, pages // 200_000)
-    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
-        for page in range(0, pages, step):
-            if os.pread(memory.fileno(), PAGE_BYTES, image.address + page * PAGE_BYTES) != content.page(page):
-                raise RuntimeError(f"page {page} of the restored process is not what it was")
-    answer = image.folder / "answer"
-    answer.unlink(missing_ok=True)
-    os.kill(pid, signal.SIGUSR1)
-    os.kill(pid, signal.SIGCONT)
-    give_up = time.monotonic() + 60
-    while not answer.exists():
-        if time.monotonic() > give_up:
-            raise RuntimeError("the restored process does not answer")
-        time.sleep(0.001)
-    if "right" not in answer.read_text():
-        raise RuntimeError("the restored process finds wrong pages")
 
 
 def fill_case(source: str, image: Image, stock: Sequence[Row], ours: Sequence[Row], **more: object) -> Row:
@@ -299,21 +90,45 @@ def measure_fill(bench: Bench, size_gib: float, cases: Sequence[str]) -> Iterato
             yield measure_split(bench, image)
         bench.dump(image)
         stock = {
-            source: bench.restores(image, warm if source == "warm" else drop) for source in ("warm", "cold") if source in cases
+            source: bench.restores(image, "stock", warm if source == "warm" else drop)
+            for source in ("warm", "cold")
+            if source in cases
         }
         bench.split(image)
         if "warm" in cases:
-            yield fill_case("warm", image, stock["warm"], bench.restores(image, warm))
+            yield fill_case("warm", image, stock["warm"], bench.restores(image, "fill", warm))
         if "cold" in cases:
-            ours = bench.restores(image, _drop_and_measure)
+            ours = bench.restores(image, "fill", _drop_and_measure)
             yield fill_case("cold", image, stock["cold"], ours, **_device(ours))
         if "lazy" in cases:
-            yield measure_lazy(image)
+            yield measure_lazy(bench, image, stock["warm"])
 
 
-def measure_lazy(image: Image) -> Row:
-    """Until the first answer."""
-    return {"strategy": "lazy", "size_gib": image.size_gib, "skipped": "no page server yet"}
+def _sources(cases: Sequence[str]) -> list[str]:
+    return [source for source in ("warm", "cold") if source in cases or (source == "warm" and "lazy" in cases)]
+
+
+def measure_lazy(bench: Bench, image: Image, stock: Sequence[Row]) -> Row:
+    """Until the first answer, and until all pages are there."""
+    try:
+        from smr.images.lazy_folder import load_all
+
+        load_all(image.images)
+        ours = bench.restores(image, "lazy", warm)
+    except (RuntimeError, ImportError) as error:
+        return {"strategy": "lazy", "size_gib": image.size_gib, "skipped": str(error)}
+    stock_s, smr_s = _median(stock, "answer_s"), _median(ours, "answer_s")
+    return {
+        "strategy": "lazy",
+        "source": "warm",
+        "size_gib": image.size_gib,
+        "stock_s": round(stock_s, 3),
+        "smr_s": round(smr_s, 3),
+        "ratio": round(stock_s / smr_s, 2),
+        "criu_s": round(_median(ours, "criu_s"), 3),
+        "filled_s": round(_median(ours, "filled_s"), 3),
+        "smr_runs_s": [round(run["answer_s"], 3) for run in ours],
+    }
 
 
 def measure_split(bench: Bench, image: Image) -> Row:
@@ -340,9 +155,9 @@ def measure_compressed(bench: Bench, size_gib: float) -> Row:
     """Cold, of weights in bf16."""
     with bench.process(size_gib, "bf16") as image:
         bench.dump(image)
-        stock = bench.restores(image, drop)
+        stock = bench.restores(image, "stock", drop)
         split_s = bench.split(image, compress=True)
-        ours = bench.restores(image, _drop_and_measure)
+        ours = bench.restores(image, "fill", _drop_and_measure)
         compressed = {"stored_ratio": round(image.memory_bytes / image.stored_bytes, 3), "split_s": round(split_s, 3)}
         return fill_case("cold", image, stock, ours, compressed=True, memory=image.kind, **compressed, **_device(ours))
 
@@ -351,9 +166,9 @@ def measure_many(bench: Bench, one_gb_per_s: float | None) -> Row:
     """Ten at once; the clock runs until the last is there."""
     with bench.process(MANY_GIB, "random") as image:
         bench.dump(image)
-        stock = _at_once(bench, image)
+        stock = _at_once(bench, image, "stock")
         bench.split(image)
-        ours = _at_once(bench, image)
+        ours = _at_once(bench, image, "fill")
     rate = MANY * image.memory_bytes / ours / 1e9
     row: Row = {
         "strategy": "fill",
@@ -367,26 +182,26 @@ def measure_many(bench: Bench, one_gb_per_s: float | None) -> Row:
     return {**row, "of_one": round(rate / one_gb_per_s, 2) if one_gb_per_s else None}
 
 
-def _at_once(bench: Bench, image: Image) -> float:
+def _at_once(bench: Bench, image: Image, strategy: str) -> float:
     took = []
-    with _workers(MANY) as workers:
+    with workers(MANY) as group:
         for _ in range(bench.runs):
             warm(image.files)
             begin = time.perf_counter()
-            for number, worker in enumerate(workers):
-                worker.send(image.order(bench.criu, number))
-            for worker in workers:
+            for number, worker in enumerate(group):
+                worker.send(image.order(bench.criu, strategy, number, ask=False))
+            for worker in group:
                 worker.receive()
             took.append(time.perf_counter() - begin)
-            for worker in workers:
+            for worker in group:
                 worker.send({"do": "end"})
-            for worker in workers:
+            for worker in group:
                 worker.receive()
     return statistics.median(took)
 
 
 def _median(runs: Sequence[Row], key: str) -> float:
-    return statistics.median(run[key] for run in runs)
+    return statistics.median(float(run[key]) for run in runs)
 
 
 def measure(bench: Bench, size_gib: float, cases: Sequence[str]) -> Iterator[Row]:
@@ -394,7 +209,7 @@ def measure(bench: Bench, size_gib: float, cases: Sequence[str]) -> Iterator[Row
     one: float | None = None
     if {"warm", "cold", "lazy", "split"}.intersection(cases):
         for row in measure_fill(bench, size_gib, cases):
-            one = row["gb_per_s"] if row.get("source") == "warm" else one
+            one = row["gb_per_s"] if (row["strategy"], row.get("source")) == ("fill", "warm") else one
             yield row
     if "compressed" in cases:
         yield measure_compressed(bench, size_gib)

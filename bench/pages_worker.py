@@ -1,18 +1,22 @@
 """One restore at a time, in a process of its own: bench.pages speaks with it in lines of JSON.
 
-    {"do": "restore", "criu": PATH, "folder": .., "work": .., "table": .., "segments": [..]} -> {"s": .., "criu_s": .., "pid": ..}
-    {"do": "end"}                                                                           -> {}
+    {"do": "fill", "criu": PATH, "folder": .., "work": .., "table": .., "segments": [..], "answer": PATH}
+        -> {"s": .., "criu_s": .., "answer_s": .., "pid": ..}
+    {"do": "end"} -> {}
 
-Without `table` that is stock CRIU on the folder, with it CRIU on the stripped folder and the fill after it. The clock runs from
-the start of CRIU until the tree is there with all its pages, stopped. CRIU works in a pid namespace that was made before, so that
-the process gets its pid whatever else runs here. The restored tree is gone after `end`, and when standard input ends, as it does
-when bench.pages is killed: the namespace's first process is a `cat` that waits for that.
+`stock` is stock CRIU on a whole dump. `fill` is CRIU on the stripped folder and the fill after it, `lazy` the server of pages and
+then CRIU with it. The clock runs from there until the tree is there, stopped (`s`), and until it has been continued and has
+answered (`answer_s`, not asked for without "answer"). CRIU works in a pid namespace that was made before, so that the process
+gets its pid whatever else runs here. The restored tree is gone after `end`, and when standard input ends, as it does when
+bench.pages is killed: the namespace's first process is a `cat` that waits for that.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -71,23 +75,82 @@ def _children(pid: int) -> list[int]:
 def restore(order: Mapping[str, Any]) -> tuple[Namespace, dict[str, float]]:
     """Do one, as ordered."""
     work = Path(order["work"])
-    work.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
     argv = [order["criu"], "restore", "-D", order["folder"], "-W", str(work), "-o", "restore.log"]
-    namespace = Namespace([*argv, "--restore-detached", "--leave-stopped"])
+    lazy = ["--lazy-pages"] if order["do"] == "lazy" else []
+    namespace = Namespace([*argv, "--restore-detached", "--leave-stopped", *lazy])
     try:
         begin = time.perf_counter()
+        if lazy:
+            _serve(order, work)
+        criu = time.perf_counter()
         if status := namespace.run():
             raise RuntimeError(f"criu restore ended with {status}: {_end_of(work / 'restore.log')}")
-        criu_s = time.perf_counter() - begin
+        criu_s = time.perf_counter() - criu
         root = namespace.restored()
-        if order.get("table"):
+        _wait_stopped(root)
+        if order["do"] == "fill":
             table = parse_table(Path(order["table"]).read_bytes())
             pids = {pid: root for pid, _ in table.by_process()}
             fill(table, [Path(path) for path in order["segments"]], pids)
-        return namespace, {"s": time.perf_counter() - begin, "criu_s": criu_s, "pid": root}
+        times = {"s": time.perf_counter() - begin, "criu_s": criu_s}
+        if order.get("answer"):
+            _ask(root, Path(order["answer"]))
+            times["answer_s"] = time.perf_counter() - begin
+        if lazy:
+            times["filled_s"] = _served(work)
+        return namespace, {**times, "pid": root}
     except BaseException:
         namespace.end()
         raise
+
+
+def _wait_stopped(pid: int) -> None:
+    """CRIU lets go of a process with SIGSTOP pending; on a busy machine it stops a moment later."""
+    give_up = time.monotonic() + 10
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "Tt":
+        if time.monotonic() > give_up:
+            raise RuntimeError("criu has not left the process stopped")
+        time.sleep(0.0005)
+
+
+def _serve(order: Mapping[str, Any], work: Path) -> None:
+    """Start the server of pages; it listens when this returns."""
+    (work / "segments").write_text("\n".join(order["segments"]))
+    files = {
+        "table": order["table"],
+        "segments": work / "segments",
+        "socket": work / "lazy-pages.socket",
+        "status": work / "status",
+    }
+    options = [word for name, path in files.items() for word in (f"--{name}", str(path))]
+    done = subprocess.run([sys.executable, "-m", "smr.images.lazy", *options], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the server of pages ended with {done.returncode}: {done.stderr.strip()}")
+
+
+def _served(work: Path) -> float:
+    """Wait until all pages are there; the server says how long it took."""
+    while (status := json.loads((work / "status").read_text()))["state"] == "serving":
+        time.sleep(0.01)
+    if status["state"] != "done":
+        raise RuntimeError(f"the server of pages failed: {status['reason']}")
+    return float(status["seconds"])
+
+
+def _ask(pid: int, answer: Path) -> None:
+    """Continue the process and wait until it has answered, and rightly."""
+    answer.unlink(missing_ok=True)
+    os.kill(pid, signal.SIGUSR1)
+    os.kill(pid, signal.SIGCONT)
+    give_up = time.monotonic() + 60
+    while not answer.exists():
+        if time.monotonic() > give_up:
+            raise RuntimeError("the restored process does not answer")
+        time.sleep(0.0005)
+    if "right" not in answer.read_text():
+        raise RuntimeError("the restored process finds wrong pages")
 
 
 def _end_of(log: Path) -> str:
@@ -100,12 +163,13 @@ def main() -> None:
     held: Namespace | None = None
     try:
         for line in sys.stdin:
-            order, answer = json.loads(line), {}
+            order: Mapping[str, Any] = json.loads(line)
+            answer: Mapping[str, object] = {}
             try:
                 if held:
                     held.end()
                     held = None
-                if order["do"] == "restore":
+                if order["do"] != "end":
                     held, answer = restore(order)
             except (RuntimeError, OSError, ValueError, SmrError) as error:
                 answer = {"error": f"{type(error).__name__}: {error}"}

@@ -2,10 +2,10 @@
 
 Planes are for weights in bf16 and fp16: the low bytes of such words are noise and the high ones repeat, so zstd finds little
 while they take turns (1.28 to 1), and more once the low bytes of a chunk stand before its high ones (1.49 to 1). Nothing there
-repeats at any length, so planes have parameters of their own, in which the search for matches is all but off: nearly twice as fast as
-level 1, and smaller (`python -m bench.codec`). A sample of each chunk is tried both ways. zstd runs without the interpreter's
-lock, sorting into planes and back does not: one process, with however many threads, undoes no more than 2.4 GB/s of planes. So
-they are for who asks: where bytes are dear, as on a slow disk, or where several processes decode.
+repeats at any length, so planes have parameters of their own, in which the search for matches is all but off: nearly twice as
+fast as level 1, and smaller (`python -m bench.codec`). A sample of each chunk is tried both ways. zstd runs without the
+interpreter's lock, sorting into planes and back does not: one process, with however many threads, undoes no more than 2.4 GB/s
+of planes. So they are for who asks: where bytes are dear, as on a slow disk, or where several processes decode.
 
 A chunk stays raw unless compressing saves an eighth of the pages that it takes in a segment. To decode 1 GB takes 0.7 s of a
 core and to read it from a disk of 2.4 GB/s 0.4 s: with 16 cores an eighth is where decoding takes as long as the reading that
