@@ -29,12 +29,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smr.images.files import locked, try_lock
-from smr.images.pagecache import available_bytes, meminfo
+from smr.images.pagecache import meminfo, node_available_bytes
 from smr.proto.errors import Code, SmrError
 
 _TICKET = struct.Struct("=QQQ")
 _WAITING, _ADMITTED = 0, 1
 _POLL_S = 0.01
+_POLL_MOST_S = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,12 +74,13 @@ class Slot:
 
 @contextmanager
 def fill_slot(
-    run_dir: Path, size_bytes: int, limits: Limits | None = None, *, available: Callable[[], int] = available_bytes
+    run_dir: Path, size_bytes: int, limits: Limits | None = None, *, available: Callable[[], int] = node_available_bytes
 ) -> Iterator[Slot]:
     """Wait for a place to populate `size_bytes` of memory, and hold it for as long as the block lasts.
 
     Raises MEMORY_LIMIT when there is not that much memory in time (at once when the machine has less), TIMEOUT when others keep
-    the places. `available` is for tests.
+    the places. Limits of cgroups are not looked at: ours does not pay, and the container's is for who knows the container.
+    `available` is for tests.
     """
     limits = limits or Limits()
     _check_machine(size_bytes)
@@ -163,7 +165,8 @@ def _wait(folder: Path, number: int, fd: int, size_bytes: int, limits: Limits, a
                 hint="raise fills or fill_wait_s in /etc/smr/smr.toml, or start fewer containers at once",
                 code=Code.TIMEOUT,
             )
-        time.sleep(_POLL_S)
+        # Who is next looks often; a long queue does not keep the lock busy.
+        time.sleep(min(_POLL_MOST_S, _POLL_S * (1 + ahead)))
 
 
 def _memory(size_bytes: int, found: str) -> SmrError:

@@ -52,7 +52,12 @@ def available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cg
 
     Locked memory, so also pinned images, is not among it.
     """
-    return max(0, min(meminfo(proc)["MemAvailable"], *_cgroup_rooms(proc, cgroups)))
+    return max(0, min(node_available_bytes(proc), *_cgroup_rooms(proc, cgroups)))
+
+
+def node_available_bytes(proc: Path = Path("/proc")) -> int:
+    """Memory of the machine that can be had without swapping, whatever limits our own cgroup has."""
+    return meminfo(proc)["MemAvailable"]
 
 
 def meminfo(proc: Path = Path("/proc")) -> dict[str, int]:

@@ -299,6 +299,11 @@ def _read_ahead(fd: int, piece: _Piece) -> None:
         os.posix_fadvise(fd, offset, min(_ADVICE_BYTES, end - offset), os.POSIX_FADV_WILLNEED)
     for offset in (*range(piece.offset, end, _ADVICE_BYTES), end - 1):
         os.pread(fd, 1, offset)
+    # The kernel gives up the rest of a request that finds no free memory at once; a read does not.
+    for offset in range(piece.offset, end, _ADVICE_BYTES):
+        length = min(_ADVICE_BYTES, end - offset)
+        if cached_bytes(fd, offset, length) < length:
+            os.pread(fd, length, offset)
 
 
 def _arguments(argv: list[str]) -> tuple[list[str], dict[str, str]] | None:
