@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 from smr.proto.errors import Code, SmrError
 from smr.shim.config import Config
+from smr.shim.pages import lazy_progress
 from smr.shim.state import ContainerState, Status, all_states
 
 
@@ -37,6 +38,7 @@ class Summary:
             "annotations": {key: value for key, value in record.annotations.items() if key.startswith("smr.")},
             "criu_options": list(record.criu_options),
             "warnings": list(record.warnings),
+            "lazy": lazy_progress(state.work_dir),
             "stages_s": record.stages_s(),
             "stages": [asdict(stage) for stage in record.stages],
         }

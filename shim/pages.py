@@ -2,13 +2,15 @@
 
     criu    the pages are put back into CRIU's files, and CRIU reads them
     fill    CRIU makes the tree without them, and they are written into it before it runs; `auto` is this
-    lazy    CRIU makes the tree without them, and a server brings them while it runs (smr.shim.lazy)
+    lazy    CRIU makes the tree without them, and a server of ours brings them while it runs (smr.images.lazy)
 
 An image without segments has no choice: all its pages are CRIU's.
 """
 
 from __future__ import annotations
 
+import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from smr.proto.annotations import Pages
 from smr.proto.errors import Code, SmrError
 from smr.shim import cgroups, procs
 from smr.shim.config import Config
+from smr.shim.run import run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,12 +36,24 @@ class Delivery:
     table: PageTable | None
     segments: tuple[Path, ...]
 
-    def put_back(self, folder: Path) -> None:
-        """For CRIU's own way: give it all pages. Otherwise nothing."""
-        if self.table is not None and self.strategy is Pages.CRIU:
+    def prepare(self, folder: Path, work: Path) -> None:
+        """Before CRIU begins: give it all pages, or start the server of pages, or nothing. `work` is CRIU's work directory."""
+        if self.table is None:
+            return
+        if self.strategy is Pages.CRIU:
             from smr.images.join import join
 
             join(folder, self.table, self.segments)
+        if self.strategy is Pages.LAZY:
+            from smr.images.lazy_folder import load_all
+
+            load_all(folder)
+            _serve(self.table, self.segments, work)
+
+    @property
+    def options(self) -> dict[str, str]:
+        """CRIU's options that the strategy needs. runc has a flag for it, which it always sends; crun knows nothing of it."""
+        return {"lazy-pages": ""} if self.strategy is Pages.LAZY else {}
 
 
 def choose(image: Image, wanted: Pages) -> Delivery:
@@ -50,15 +65,40 @@ def choose(image: Image, wanted: Pages) -> Delivery:
     return Delivery(strategy=strategy, table=table, segments=tuple(segment_paths(image)))
 
 
+def _serve(table: PageTable, segments: tuple[Path, ...], work: Path) -> None:
+    """Start the server of pages; when this returns its socket listens, where CRIU looks for it."""
+    (work / "pagetable").write_bytes(table.to_bytes())
+    (work / "segments").write_text("".join(f"{path}\n" for path in segments))
+    files = ("--table", work / "pagetable", "--segments", work / "segments", "--socket", work / "lazy-pages.socket")
+    argv: list[str | Path] = [sys.executable, "-I", "-m", "smr.images.lazy", *files, "--status", lazy_status(work)]
+    run(argv, timeout_s=20, code=Code.RESTORE_FAILED)
+
+
+def lazy_status(work: Path) -> Path:
+    """Where the server of pages says how far it is, and how it ended."""
+    return work / "lazy.json"
+
+
+def lazy_progress(work: Path) -> dict[str, object] | None:
+    """What is known of a lazy restore; None when it was none."""
+    try:
+        found = json.loads(lazy_status(work).read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def fill_tree(delivery: Delivery, image: Image, root_pid: int, config: Config) -> Filled | None:
-    """Fill the stopped tree below `root_pid`; None when there is nothing to fill.
+    """Fill the stopped tree below `root_pid`; None when that is not how its pages come.
 
     Raises MEMORY_LIMIT before a page is written when the container's limit or the node has no room, and what `fill` raises.
     """
-    if delivery.table is None or delivery.strategy is not Pages.FILL:
+    if delivery.table is None or delivery.strategy is Pages.CRIU:
         return None
     size_bytes = delivery.table.memory_bytes
     check_limit(root_pid, size_bytes)
+    if delivery.strategy is Pages.LAZY:
+        return None
     pids = {process.ns_pid: process.pid for process in procs.tree(root_pid)}
     way = plan(image, available_bytes()).way
     with fill_slot(config.run, size_bytes) as slot:

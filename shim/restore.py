@@ -70,7 +70,7 @@ def restore(call: RuntimeCall, spec: Spec, annotations: Annotations, config: Con
             stack.enter_context(criu_folder(state))
             rewrite(state, image, spec, annotations, delivery)
         with state.stage("create"):
-            run_restore(call, image, annotations, tool, state)
+            run_restore(call, image, annotations, delivery, tool, state)
             state.record.pid = _pid(call, state)
             state.record.pid_started = procs.started(state.record.pid)
         state.save()
@@ -163,7 +163,8 @@ def criu_folder(state: ContainerState) -> Iterator[None]:
 def rewrite(state: ContainerState, image: Image, spec: Spec, annotations: Annotations, delivery: Delivery) -> None:
     """CRIU's directory of this restore, edited for the new container; also the spec, where the annotations add mounts."""
     image.materialize(state.criu_dir)
-    delivery.put_back(state.criu_dir)
+    state.work_dir.mkdir(mode=0o700)
+    delivery.prepare(state.criu_dir, state.work_dir)
     if annotations.mounts:
         _add_mounts(state, spec, annotations)
     if image.config.bound_addresses:
@@ -262,14 +263,16 @@ def criu_options(image: Image, annotations: Annotations) -> dict[str, str]:
     return options
 
 
-def run_restore(call: RuntimeCall, image: Image, annotations: Annotations, tool: Criu, state: ContainerState) -> None:
+def run_restore(
+    call: RuntimeCall, image: Image, annotations: Annotations, delivery: Delivery, tool: Criu, state: ContainerState
+) -> None:
     """Run the real runtime's restore with the caller's stdio, which becomes the container's."""
-    options = criu_options(image, annotations)
+    options = criu_options(image, annotations) | delivery.options
     state.record.criu_options = tuple(sorted(options))
-    state.work_dir.mkdir(mode=0o700)
     config_file = state.work_dir / "criu.conf"
-    flags = [f"--{name}" for name in options if name in criu.RUNTIME_FLAGS]
-    criu.write_options(config_file, {name: value for name, value in options.items() if name not in criu.RUNTIME_FLAGS})
+    by_flag = criu.RUNTIME_FLAGS | ({"lazy-pages"} if "runc" in Path(state.record.runtime).name else set())
+    flags = [f"--{name}" for name in options if name in by_flag]
+    criu.write_options(config_file, {name: value for name, value in options.items() if name not in by_flag})
     state.save()
     argv = _restore_argv(call, state, flags)
     timeout_s = _BASE_TIMEOUT_S + image.size_bytes / _BYTES_PER_S

@@ -56,11 +56,13 @@ def runtime_dir(state: ContainerState) -> Path:
 def _kill(state: ContainerState) -> None:
     """The runtime and CRIU carry the name of our configuration file in their environment; the tree is in the cgroup.
 
-    The prefetch has a file of the record among its arguments.
+    The prefetch has a file of the record among its arguments, a server of pages some of the work directory.
     """
     path, since = cgroups.path_of(state.record.cgroups_path, state.record.id), state.record.started_boottime
     mark = f"CRIU_CONFIG_FILE={state.work_dir / 'criu.conf'}"
-    left = procs.kill_all(lambda: [*procs.with_environment(mark), *procs.holding(state.criu_dir, state.path / "cancel")])
+    left = procs.kill_all(
+        lambda: [*procs.with_environment(mark), *procs.holding(state.criu_dir, state.work_dir, state.path / "cancel")]
+    )
     left += procs.kill_all(lambda: [pid for pid in cgroups.members(path) if procs.started(pid) >= since])
     if left:
         raise SmrError(f"processes {left} do not end after SIGKILL")

@@ -38,7 +38,7 @@ def start(podman: Podman, warm: Warm, *options: str, **annotations: str) -> None
     podman.start("again", *warm.features, options=options, annotations={"smr.restore": warm.image, **FAIL, **annotations})
 
 
-@pytest.mark.parametrize("pages", ["auto", "fill", "criu"])
+@pytest.mark.parametrize("pages", ["auto", "fill", "lazy", "criu"])
 def test_memory_is_the_same_whichever_way_it_came(podman: Podman, image: Warm, pages: str) -> None:
     """64 MiB of patterned memory, counters of forked children, and the counter of the server."""
     start(podman, image, **{"smr.pages": pages})
@@ -139,7 +139,7 @@ def _filling(runc: Runc) -> bool:
     return any(record["stages"] and record["stages"][-1]["name"] == "create" for record in runc.node.records().values())
 
 
-@pytest.mark.parametrize("pages", ["fill", "criu"])
+@pytest.mark.parametrize("pages", ["fill", "lazy", "criu"])
 def test_every_engine(engine: Engine, warm: Warm, pages: str) -> None:
     """podman and both containerds, each with an image of its own."""
     engine.start("again", *warm.features, annotations={"smr.restore": warm.image, **FAIL, "smr.pages": pages})
