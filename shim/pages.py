@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from smr.images.budget import fill_slot
+from smr.images.budget import Limits, fill_slot
 from smr.images.fill import Filled, Source, fill
 from smr.images.image import Image
 from smr.images.pagecache import available_bytes
@@ -100,8 +100,8 @@ def fill_tree(delivery: Delivery, image: Image, root_pid: int, config: Config) -
     if delivery.strategy is Pages.LAZY:
         return None
     pids = {process.ns_pid: process.pid for process in procs.tree(root_pid)}
-    way = plan(image, available_bytes()).way
-    with fill_slot(config.run, size_bytes) as slot:
+    way = plan(image, available_bytes(), share=config.cache_share).way
+    with fill_slot(config.run, size_bytes, Limits(fills=config.fills, wait_s=config.fill_wait_s)) as slot:
         return fill(
             delivery.table,
             delivery.segments,
