@@ -27,8 +27,11 @@ def cached_share(paths: Sequence[Path]) -> float:
 
 def warm(paths: Sequence[Path]) -> None:
     """Read them all. Raises RuntimeError when memory does not hold them."""
-    _in_threads(paths, os.O_RDONLY)
-    if cached_share(paths) < 0.999:
+    for _ in range(3):  # what nobody used for a while is reclaimed early on some machines
+        _in_threads(paths, os.O_RDONLY)
+        if cached_share(paths) > 0.999:
+            return
+    if cached_share(paths) < 0.99:
         raise RuntimeError("memory does not hold the files in the page cache: take a smaller --size-gib")
 
 

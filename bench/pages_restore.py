@@ -118,6 +118,7 @@ class Image:
             "work": str(self.folder / f"work{number}"),
             "table": str(self.table or ""),
             "segments": [str(path) for path in self.segments],
+            "slots": str(self.folder / "slots"),
             "answer": str(self.folder / "answer") if ask else "",
         }
 

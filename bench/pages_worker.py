@@ -1,13 +1,13 @@
 """One restore at a time, in a process of its own: bench.pages speaks with it in lines of JSON.
 
-    {"do": "fill", "criu": PATH, "folder": .., "work": .., "table": .., "segments": [..], "answer": PATH}
+    {"do": "fill", "criu": PATH, "folder": .., "work": .., "table": .., "segments": [..], "slots": .., "answer": PATH}
         -> {"s": .., "criu_s": .., "answer_s": .., "pid": ..}
     {"do": "end"} -> {}
 
-`stock` is stock CRIU on a whole dump. `fill` is CRIU on the stripped folder and the fill after it, `lazy` the server of pages and
-then CRIU with it. The clock runs from there until the tree is there, stopped (`s`), and until it has been continued and has
-answered (`answer_s`, not asked for without "answer"). CRIU works in a pid namespace that was made before, so that the process
-gets its pid whatever else runs here. The restored tree is gone after `end`, and when standard input ends, as it does when
+`stock` is stock CRIU on a whole dump. `fill` is CRIU on the stripped folder and the fill after it, within the node's limit for
+fills at a time (kept in "slots"); `lazy` is the server of pages and then CRIU with it. The clock runs from there until the tree
+is there, stopped (`s`), and until it has been continued and has answered (`answer_s`, not asked for without "answer"). CRIU works
+in a pid namespace that was made before, so that the process gets its pid whatever else runs here. The restored tree is gone after `end`, and when standard input ends, as it does when
 bench.pages is killed: the namespace's first process is a `cat` that waits for that.
 """
 
@@ -25,6 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from smr.images.budget import fill_slot
 from smr.images.fill import fill
 from smr.images.pagetable import parse_table
 from smr.proto.errors import SmrError
@@ -93,7 +94,8 @@ def restore(order: Mapping[str, Any]) -> tuple[Namespace, dict[str, float]]:
         if order["do"] == "fill":
             table = parse_table(Path(order["table"]).read_bytes())
             pids = {pid: root for pid, _ in table.by_process()}
-            fill(table, [Path(path) for path in order["segments"]], pids)
+            with fill_slot(Path(order["slots"]), table.memory_bytes) as slot:
+                fill(table, [Path(path) for path in order["segments"]], pids, threads=slot.threads)
         times = {"s": time.perf_counter() - begin, "criu_s": criu_s}
         if order.get("answer"):
             _ask(root, Path(order["answer"]))
