@@ -10,8 +10,8 @@ Admitted are those in front, at most `Limits.fills` at a time, each for which th
 counts, pinned images do not), less what the admitted ones have still to populate. Who waits for memory lets others pass for whom
 there is enough: it would hold up the node for one container that may never fit. Nobody waits for ever.
 
-Why two at a time: one leaves the memory idle while it starts and ends. On two processors ten fills of 512 MiB came to 1.6 GB/s
-together when two ran at a time, to 1.0 GB/s one by one, and to 0.6 to 0.9 GB/s all at once; a single one to 1.3 GB/s.
+Why two at a time: one alone leaves the memory idle while it starts and ends. Ten at once, each with all processors, took about as
+long together or longer, and each came to its end when the last did; by twos the middle one had ended in half of that time.
 
 A process that is forked while a slot is held, and does not exec, holds the slot as well.
 Standard library only.

@@ -5,6 +5,7 @@ Real cgroups (root) and the page cache of a real file system; no engine is neede
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -186,3 +187,28 @@ def test_cancelled_while_it_reads(tmp_path: Path, store: Store, image: Image) ->
     assert subprocess.run(program(store), check=False, timeout=60).returncode == 0
     assert cached_share(image) == 1.0
     assert store.verify(image).ok
+
+
+def test_command_draws_a_bar_on_a_terminal_and_prints_json(tmp_path: Path, store: Store, image: Image) -> None:
+    """The bar goes to standard error, where that is a terminal; standard output has the document alone."""
+    env = os.environ | {
+        "SMR_STORE": str(store.root),
+        "SMR_RUN": str(tmp_path / "run"),
+        "SMR_CONFIG": "/dev/null",
+        "TERM": "xterm",
+    }
+    code = "import sys; from smr.shim.cli import main; main(sys.argv[1:])"
+    argv = [sys.executable, "-c", code, "prefetch", "llama", "--json"]
+    ours, theirs = os.openpty()
+    try:
+        done = subprocess.run(argv, env=env, stdin=theirs, stdout=subprocess.PIPE, stderr=theirs, check=True, timeout=60)
+        drawn = os.read(ours, 65536).decode(errors="replace")
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    found = json.loads(done.stdout)
+    assert found["total_bytes"] == found["read_bytes"] + found["cached_bytes"] >= 48 * MIB
+    assert "prefetch" in drawn
+    plain = subprocess.run(argv, env=env, capture_output=True, check=True, timeout=60)
+    assert json.loads(plain.stdout)["read_bytes"] == 0
+    assert plain.stderr == b""
