@@ -6,9 +6,10 @@
 
 `stock` is stock CRIU on a whole dump. `fill` is CRIU on the stripped folder and the fill after it, within the node's limit for
 fills at a time (kept in "slots"); `lazy` is the server of pages and then CRIU with it. The clock runs from there until the tree
-is there, stopped (`s`), and until it has been continued and has answered (`answer_s`, not asked for without "answer"). CRIU works
-in a pid namespace that was made before, so that the process gets its pid whatever else runs here. The restored tree is gone after `end`, and when standard input ends, as it does when
-bench.pages is killed: the namespace's first process is a `cat` that waits for that.
+is there, stopped (`s`), and until it has been continued and has answered (`answer_s`, not asked for without "answer"). CRIU
+works in a pid namespace that was made before, so that the process gets its pid whatever else runs here. The restored tree is
+gone after `end`, and when standard input ends, as it does when bench.pages is killed: the namespace's first process is a `cat`
+that waits for that.
 """
 
 from __future__ import annotations
