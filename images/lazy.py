@@ -1,21 +1,22 @@
 """The server of pages for `criu restore --lazy-pages`, in place of `criu lazy-pages`: the tree runs while its pages stream in.
 
     python -I -m smr.images.lazy --table BLOB --segments LIST --socket SOCKET --status STATUS
-                                 [--threads N] [--connect-timeout SECONDS] [--verify]
+                                 [--threads N] [--rest SECONDS] [--connect-timeout SECONDS] [--verify]
 
 BLOB is a page table (smr.images.pagetable), LIST a file with one path of a segment a line in the table's order, SOCKET the path
 `lazy-pages.socket` in the directory that `criu restore` is given as its work directory. The program exits with status 0 once
 the socket listens, and goes on in the background; with 1 and an error on stderr when it cannot serve. STATUS is JSON, replaced
 atomically: {"version": 1, "state": "serving"|"done"|"failed", "reason", "pid", "copied_pages", "faults", "deaths", "seconds"}.
+`pid` is the keeper's. With --rest each thread of the filling rests after each chunk, which leaves the disk to others.
 The pages that the folder still has are to be loaded by CRIU itself: smr.images.lazy_folder.
 
 A descriptor that closes while pages are missing would let the process read zeros. So two processes share one table of
-descriptors and the journal (smr.images.lazy_journal): the worker (smr.images.lazy_worker), and its parent, the keeper, which only waits. When
-the worker is killed the keeper forks another, which finds in the journal what is missing. When the keeper is killed the worker
-ends its threads and becomes keeper itself, of a new worker. When the restore cannot be completed (a segment that cannot be read or
-is wrong, a table that does not fit, a server killed before CRIU was ready) all processes of the restore are killed before the
-descriptors close, and STATUS says why. Only both killed at the same instant are more than can be survived; both ask to be spared
-by the OOM killer.
+descriptors and the journal (smr.images.lazy_journal): the worker (smr.images.lazy_worker), and its parent, the keeper, which
+only waits. When the worker is killed the keeper forks another, which finds in the journal what is missing. When the keeper is
+killed the worker ends its threads and becomes keeper itself, of a new worker. When the restore cannot be completed (a segment
+that cannot be read or is wrong, a table that does not fit, a server killed before CRIU was ready) all processes of the restore
+are killed before the descriptors close, and STATUS says why. Only both killed within some 50 ms are more than can be survived;
+both ask to be spared by the OOM killer.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class Server:
     socket: Path
     status: Path
     threads: int = 0
+    rest_s: float = 0.0
     connect_timeout_s: float = CONNECT_TIMEOUT_S
     verify: bool = False
 
@@ -80,7 +82,6 @@ class Server:
         sys.setswitchinterval(_SWITCH_S)
         _spare()
         keeper = _Keeper(self, listener)
-        keeper.say("serving")
         keeper.keep()
 
 
@@ -100,6 +101,7 @@ class _Keeper:
         """Have a worker until the work has ended, and exit."""
         predecessor: Journal | None = None
         deaths, copied = 0, -1
+        self.say("serving")
         while self._journal.ending is Ending.RUNNING:
             keeper = os.getpid()
             worker = uffd.fork_sharing_files()
@@ -109,6 +111,7 @@ class _Keeper:
                 continue
             if predecessor is not None:
                 predecessor.hand_on()
+                self.say("serving")
                 predecessor = None
             self._wait(worker)
             if self._journal.handed_on:
@@ -123,7 +126,9 @@ class _Keeper:
     def _work(self, keeper: int) -> None:
         """Be the worker; returns when the keeper's part is to be taken."""
         try:
-            worker = Worker(self._state, self._journal, self._source, self._listener, threads=self._threads)
+            worker = Worker(
+                self._state, self._journal, self._source, self._listener, threads=self._threads, rest_s=self._server.rest_s
+            )
             if worker.run(keeper, self._began + self._server.connect_timeout_s) is not Leave.DONE:
                 return
             self._journal.end(Ending.DONE)
@@ -212,6 +217,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name in ("--table", "--segments", "--socket", "--status"):
         parser.add_argument(name, type=Path, required=True)
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--rest", type=float, default=0.0)
     parser.add_argument("--connect-timeout", type=float, default=CONNECT_TIMEOUT_S)
     parser.add_argument("--verify", action="store_true")
     return parser.parse_args(arguments)
@@ -228,6 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             socket=given.socket.absolute(),
             status=given.status.absolute(),
             threads=given.threads,
+            rest_s=given.rest,
             connect_timeout_s=given.connect_timeout,
             verify=given.verify,
         )

@@ -55,7 +55,9 @@ class Leave(Enum):
 class Worker:
     """One attempt at the work. `run` is of the thread that made it."""
 
-    def __init__(self, state: State, journal: Journal, source: Source, listener: socket.socket, *, threads: int) -> None:
+    def __init__(
+        self, state: State, journal: Journal, source: Source, listener: socket.socket, *, threads: int, rest_s: float = 0.0
+    ) -> None:
         self._state = state
         self._journal = journal
         self._source = source
@@ -70,6 +72,7 @@ class Worker:
         self._turn = 0
         self._failure: BaseException | None = None
         self._stop = False
+        self._rest_s = rest_s
         self._fillers = [threading.Thread(target=self._guarded, args=(self._fill,), daemon=True) for _ in range(threads)]
 
     def run(self, keeper: int, deadline: float) -> Leave:
@@ -271,7 +274,7 @@ class Worker:
             elif code == errno.ENOENT and self._journal.finished and not space.root:
                 space.delivered(at, at + PAGE_BYTES)
                 at += PAGE_BYTES
-            elif code == errno.ESRCH:
+            elif code == errno.ESRCH or (code == errno.EAGAIN and not uffd.alive(space.fd)):
                 space.gone = True
                 return True
             elif code == errno.EAGAIN or (code == errno.ENOENT and not self._journal.finished):
@@ -282,8 +285,10 @@ class Worker:
 
     def _next(self) -> tuple[Space, Piece] | None:
         with self._claiming:
-            if self._hot:
-                return self._hot.popleft()
+            while self._hot:
+                space, piece = self._hot.popleft()
+                if not space.done and space.still(piece):
+                    return space, piece
             spaces = [space for space in self._state.spaces if not space.done]
             for number in range(len(spaces)):
                 space = spaces[(self._turn + number) % len(spaces)]
@@ -312,6 +317,8 @@ class Worker:
                     if not self._deliver(space, left, chunk):
                         time.sleep(_PAUSE_S)
             self._claimed.discard((space.index, piece.start))
+            if self._rest_s:
+                time.sleep(self._rest_s)
 
     def _guarded(self, work: Callable[[], None]) -> None:
         try:

@@ -31,6 +31,7 @@ MESSAGE_BYTES = 32
 _COPY = 0xC028AA03
 _ZEROPAGE = 0xC020AA04
 _WAKE = 0x8010AA02
+_UNREGISTER = 0x8010AA01
 _COPY_ARGUMENT = struct.Struct("<QQQQq")
 _ZEROPAGE_ARGUMENT = struct.Struct("<QQQq")
 _RANGE = struct.Struct("<QQ")
@@ -127,8 +128,15 @@ def wake(fd: int, start: int = _LOWEST, size_bytes: int = _HIGHEST - _LOWEST) ->
 
 
 def alive(fd: int) -> bool:
-    """Whether the memory that a descriptor watches is still there. Nothing is ever registered at the lowest address."""
-    return zero(fd, _LOWEST, mmap.PAGESIZE)[1] != errno.ESRCH
+    """Whether the memory that a descriptor watches is still there. Nothing is ever registered at the lowest address.
+
+    Unlike a copy, this answers also while the process changes its mappings.
+    """
+    try:
+        fcntl.ioctl(fd, _UNREGISTER, _RANGE.pack(_LOWEST, mmap.PAGESIZE))
+    except OSError as error:
+        return error.errno != errno.ENOMEM
+    return True
 
 
 def populate(address: int, size_bytes: int) -> int:
