@@ -239,6 +239,10 @@ def _options() -> argparse.Namespace:
     return options
 
 
+def _line(row: Row) -> str:
+    return "  ".join(f"{key} {value}" for key, value in row.items() if not isinstance(value, list))
+
+
 def main() -> int:
     """Print the result."""
     options = _options()
@@ -249,11 +253,12 @@ def main() -> int:
         rows = []
         for row in measure(bench, options.size_gib, options.cases):
             rows.append(row)
-            print(row, file=sys.stderr, flush=True)
+            print(_line(row), file=sys.stderr if options.json else sys.stdout, flush=True)
+    if not options.json:
+        return 0
     version = subprocess.run([criu, "--version"], capture_output=True, text=True, check=False).stdout.split("\n")[0]
     machine = {**describe({}), "threads": threads()}
-    if options.json:
-        print(json.dumps({"machine": machine, "criu": version.removeprefix("Version: "), "runs": options.runs, "cases": rows}))
+    print(json.dumps({"machine": machine, "criu": version.removeprefix("Version: "), "runs": options.runs, "cases": rows}))
     return 0
 
 
