@@ -43,7 +43,10 @@ public class Nasty {
             direct.rewind();
             direct.get(found);
             if (!Arrays.equals(found, bytes(77, 16 << 20))) wrong += "direct buffer; ";
-            for (int i = 0; i < 400; i++) if (new byte[1 << 20][(1 << 20) - 1 - i] != 0) wrong += "new array; ";
+            for (int i = 0; i < 400; i++) {
+                byte[] fresh = new byte[1 << 20];
+                if (!Arrays.equals(fresh, new byte[fresh.length])) wrong += "new array; ";
+            }
             System.gc();
         }
         synchronized (go) { go[0] = true; go.notifyAll(); }

@@ -83,13 +83,13 @@ def read_tree(pids: Mapping[int, int], changing: Mapping[int, Collection[tuple[i
     return TreeMemory(processes, frozenset(frozenset(places) for places in frames.values() if len(places) > 1))
 
 
-def differences(expected: TreeMemory, found: TreeMemory) -> list[str]:
-    """What is not the same, one line each. `hg`, the wish for huge pages, may have been added, and nothing else."""
+def differences(expected: TreeMemory, found: TreeMemory, *, but: Collection[str] = ()) -> list[str]:
+    """What is not the same, one line each. `hg`, the wish for huge pages, may have been added, and the VmFlags `but` may differ."""
     if expected.processes.keys() != found.processes.keys():
         return [f"processes: expected {sorted(expected.processes)}, found {sorted(found.processes)}"]
     lines = []
     for pid, memory in expected.processes.items():
-        lines += [f"process {pid}: {line}" for line in _differences(memory, found.processes[pid])]
+        lines += [f"process {pid}: {line}" for line in _differences(memory, found.processes[pid], {"hg", *but})]
     lines += [f"no longer common: {_places(places)}" for places in expected.common - found.common]
     lines += [f"common, and was not: {_places(places)}" for places in found.common - expected.common]
     return lines[:40]
@@ -99,9 +99,9 @@ def _places(places: frozenset[Place]) -> str:
     return ", ".join(f"{pid}:{address:x}" for pid, address in sorted(places))
 
 
-def _differences(expected: Memory, found: Memory) -> Iterator[str]:
+def _differences(expected: Memory, found: Memory, but: set[str]) -> Iterator[str]:
     wishes = [(vma.start, vma.end) for vma in expected.vmas if "hg" in vma.flags]
-    before, after = _joined(expected.vmas), _joined(found.vmas)
+    before, after = _joined(expected.vmas, but), _joined(found.vmas, but)
     yield from (f"VMA is missing: {vma}" for vma in before if vma not in after)
     yield from (f"VMA is new: {vma}" for vma in after if vma not in before)
     kept = [(vma.start, vma.end) for vma in found.vmas if "hg" in vma.flags]
@@ -116,11 +116,11 @@ def _differences(expected: Memory, found: Memory) -> Iterator[str]:
     yield from (f"guard page differs: {address:x}" for address in sorted(expected.guards ^ found.guards))
 
 
-def _joined(vmas: tuple[Vma, ...]) -> list[Vma]:
-    """Without `hg`; those that touch and do not differ otherwise are one: whether the kernel merges depends on history."""
+def _joined(vmas: tuple[Vma, ...], but: set[str]) -> list[Vma]:
+    """Without the flags `but`; those that touch and do not differ otherwise are one: whether the kernel merges depends on history."""
     joined: list[Vma] = []
     for old in vmas:
-        vma = Vma(old.start, old.end, old.perms, old.offset, old.name, old.flags - {"hg"})
+        vma = Vma(old.start, old.end, old.perms, old.offset, old.name, old.flags - but)
         if joined and _continues(joined[-1], vma):
             first = joined.pop()
             vma = Vma(first.start, vma.end, vma.perms, first.offset, vma.name, vma.flags)

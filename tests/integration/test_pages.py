@@ -178,9 +178,9 @@ def plain(box: Sandbox, newer_criu: Path) -> Iterator[Made]:
         shutil.rmtree(folder)
 
 
-def same(made: Made, restored: Restored) -> None:
+def same(made: Made, restored: Restored, *, but: Sequence[str] = ()) -> None:
     """The tree is what stock CRIU restores; it goes on, and finds its memory right."""
-    assert differences(made.memory, restored.memory()) == []
+    assert not (found := differences(made.memory, restored.memory(), but=but)), "\n".join(found)
     assert restored.go_on() == "ok"
 
 
@@ -242,7 +242,8 @@ def test_lazy_tree_is_stocks(made: Made, lazy: Dump) -> None:
     """Once the server has delivered all, before the tree runs."""
     with lazy.restored("--lazy-pages") as restored:
         eventually(lambda: '"done"' in (lazy.images / "status").read_text(), timeout_s=60, what="all is delivered")
-        same(made, restored)
+        # Told to be lazy, CRIU first maps every private mapping writable, and so accounted, as it does in trees of several.
+        same(made, restored, but=["ac"])
 
 
 def test_lazy_tree_runs_while_pages_come(made: Made, lazy: Dump) -> None:
@@ -251,8 +252,8 @@ def test_lazy_tree_runs_while_pages_come(made: Made, lazy: Dump) -> None:
         assert restored.go_on() == "ok"
 
 
-def test_stopped_tasks_stay_so(plain: Made, box: Sandbox) -> None:
-    """What the other tests rely on: the comparison tells a byte, a VMA and a common page from another."""
+def test_the_comparison_can_fail(plain: Made) -> None:
+    """A tree that was not filled, one with a VMA less and one with a page that is no longer common are told from the stock one."""
     with plain.stripped.restored() as restored:
         found = differences(plain.memory, restored.memory())
     assert len(found) == 40 and "expected bytes, found zeros" in found[0]
@@ -368,7 +369,7 @@ def test_a_cut_segment_is_said(plain: Made, tmp_path: Path, left: int) -> None:
 
 def test_altered_bytes_have_another_digest(plain: Made, tmp_path: Path) -> None:
     """One bit of a segment: its blob's sha256 and the digest of just that chunk tell."""
-    path, (chunk,) = tmp_path / "altered", [chunk for chunk in plain.split.table.chunks[5:6]]
+    path, chunk = tmp_path / "altered", plain.split.table.chunks[5]
     segment = plain.split.segments[chunk.segment]
     data = bytearray(segment.path.read_bytes())
     assert f"sha256:{hashlib.sha256(data).hexdigest()}" == segment.digest
