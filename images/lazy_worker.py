@@ -230,11 +230,11 @@ class Worker:
         done, code = uffd.zero(space.fd, address, size)
         if code == errno.ENOENT and size > PAGE_BYTES:
             done, code = uffd.zero(space.fd, address, PAGE_BYTES)
-        if code == errno.EAGAIN and not done:
+        if code == errno.EAGAIN and not done and uffd.alive(space.fd):
             return False
         if code in (errno.EEXIST, errno.ENOENT):
             uffd.wake(space.fd, address, PAGE_BYTES)
-        elif code == errno.ESRCH:
+        elif code == errno.ESRCH or (code == errno.EAGAIN and not done):
             space.gone = True
         elif code not in (0, errno.EAGAIN):
             raise _refused(space, address, code)
@@ -286,9 +286,9 @@ class Worker:
     def _next(self) -> tuple[Space, Piece] | None:
         with self._claiming:
             while self._hot:
-                space, piece = self._hot.popleft()
-                if not space.done and space.still(piece):
-                    return space, piece
+                space, hot = self._hot.popleft()
+                if not space.done and space.still(hot):
+                    return space, hot
             spaces = [space for space in self._state.spaces if not space.done]
             for number in range(len(spaces)):
                 space = spaces[(self._turn + number) % len(spaces)]
