@@ -24,6 +24,8 @@ from smr.images import uffd
 from smr.images.uffd import Event, Message, build_message, parse_message
 
 CAPACITY = 1 << 15
+# Room besides, for what follows from the last event.
+_RESERVE = 1024
 _HEADER_BYTES = 4096
 _REASON = (256, 1024)
 _RECORD = struct.Struct("<IIQ32s")
@@ -54,7 +56,7 @@ class Journal:
 
     def __init__(self, runs: int, capacity: int = CAPACITY) -> None:
         self.capacity = capacity
-        self._runs_at = _HEADER_BYTES + capacity * _RECORD.size
+        self._runs_at = _HEADER_BYTES + (capacity + _RESERVE) * _RECORD.size
         self._runs = runs
         self._memory = mmap.mmap(-1, self._runs_at + runs, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
         uffd.keep_resident(self._memory)
@@ -74,8 +76,8 @@ class Journal:
 
     @property
     def full(self) -> bool:
-        """Whether there is no room for another record; two are kept back."""
-        return self.records >= self.capacity - 2
+        """Whether there is no room for another record."""
+        return self.records >= self.capacity
 
     @property
     def finished(self) -> bool:
@@ -160,7 +162,9 @@ class Journal:
         return parse_message(self._memory[at : at + uffd.MESSAGE_BYTES])
 
     def commit(self, extra: Sequence[tuple[int, Message]] = ()) -> None:
-        """It counts, and with it, at once, events that nobody sent but that follow from it."""
+        """It counts, and with it, at once, events that nobody sent but that follow from it. ValueError for too many."""
+        if len(extra) >= _RESERVE - 1:
+            raise ValueError(f"{len(extra)} events follow from one")
         number = self.records + 1
         for space, message in extra:
             data = build_message(message)

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -199,19 +199,12 @@ class Box:
         fields: dict[str, object] = json.loads((self.folder / "status").read_text())
         return fields
 
-    def serve(self, *options: str) -> subprocess.CompletedProcess[str]:
+    def serve(self, *options: str, program: Sequence[str] = ("-m", "smr.images.lazy")) -> subprocess.CompletedProcess[str]:
         """Start a server."""
-        command = [
-            sys.executable,
-            "-I",
-            "-m",
-            "smr.images.lazy",
-            "--table",
-            self.folder / "table",
-            "--status",
-            self.folder / "status",
-        ]
-        command += ["--segments", self.folder / "list", "--socket", self.work / "lazy-pages.socket", *options]
+        files = {"table": self.folder / "table", "segments": self.folder / "list", "status": self.folder / "status"}
+        files["socket"] = self.work / "lazy-pages.socket"
+        given = [str(word) for name, path in files.items() for word in (f"--{name}", path)]
+        command = [sys.executable, "-I", *program, *given, *options]
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
 
     def restore(self) -> int:
@@ -328,6 +321,22 @@ def test_a_server_that_is_killed_goes_on(box: Callable[..., Box], who: str) -> N
     assert made.answer() == "right"
     eventually(made.ended, timeout_s=60)
     assert made.status()["state"] == "done"
+
+
+def test_a_journal_that_is_full_begins_anew(box: Callable[..., Box]) -> None:
+    """However many events a process makes, none is forgotten: here another keeper takes over every dozen."""
+    made = box("storm", seed=6)
+    small = "from smr.images import lazy, lazy_journal; lazy_journal.Journal.__init__.__defaults__ = (12,); lazy.main()"
+    served = made.serve("--threads", "1", "--rest", "0.03", program=("-c", small))
+    assert served.returncode == 0, served.stderr
+    keeper = made.servers()[0]
+    assert made.restore() == 0
+    (made.folder / "go").touch()
+    assert made.answer() == "right"
+    eventually(made.ended, timeout_s=60)
+    status = made.status()
+    assert (status["state"], status["deaths"]) == ("done", 0)
+    assert status["pid"] != keeper
 
 
 def test_a_process_that_dies_ends_its_server(box: Callable[..., Box]) -> None:

@@ -189,11 +189,17 @@ def test_what_a_killed_reader_read_is_left_for_its_successor() -> None:
 
 def test_a_journal_says_when_it_is_full_and_keeps_the_first_reason() -> None:
     """Room is kept for what follows from the last event; a second failure does not hide the first."""
-    journal = Journal(0, capacity=6)
+    journal = Journal(0, capacity=4)
     for pid in range(4):
         assert not journal.full
         journal.register(Registration(pid, 0, 0, -1))
     assert journal.full
+    message = Message(Event.UNMAP, _P, 2 * _P, 0)
+    _read(journal, 0, message)
+    journal.commit([(0, message)] * 1000)
+    assert len(list(journal.replay())) == 1005
+    with pytest.raises(ValueError, match="1023 events"):
+        journal.commit([(0, message)] * 1023)
     journal.end(Ending.FAILED, "first")
     journal.end(Ending.DONE, "second")
     assert (journal.ending, journal.reason) == (Ending.FAILED, "first")
