@@ -72,7 +72,7 @@ class TreeMemory:
 
 
 def read_tree(pids: Mapping[int, int], changing: Mapping[int, Collection[tuple[int, int]]]) -> TreeMemory:
-    """Read a stopped tree. `pids`: image pid -> host pid; `changing`: (address, length) that the kernel writes, taken for zeros."""
+    """Read a stopped tree. `pids`: image pid -> host pid; `changing`: (address, length) of what the kernel writes."""
     processes: dict[int, Memory] = {}
     frames: defaultdict[int, set[Place]] = defaultdict(set)
     for pid, host_pid in pids.items():
@@ -84,7 +84,7 @@ def read_tree(pids: Mapping[int, int], changing: Mapping[int, Collection[tuple[i
 
 
 def differences(expected: TreeMemory, found: TreeMemory, *, but: Collection[str] = ()) -> list[str]:
-    """What is not the same, one line each. `hg`, the wish for huge pages, may have been added, and the VmFlags `but` may differ."""
+    """What is not the same, one line each. `hg`, the wish for huge pages, may have been added; the VmFlags `but` may differ."""
     if expected.processes.keys() != found.processes.keys():
         return [f"processes: expected {sorted(expected.processes)}, found {sorted(found.processes)}"]
     lines = []
@@ -117,7 +117,7 @@ def _differences(expected: Memory, found: Memory, but: set[str]) -> Iterator[str
 
 
 def _joined(vmas: tuple[Vma, ...], but: set[str]) -> list[Vma]:
-    """Without the flags `but`; those that touch and do not differ otherwise are one: whether the kernel merges depends on history."""
+    """Without the flags `but`; those that touch and are alike otherwise are one: whether the kernel merges depends on history."""
     joined: list[Vma] = []
     for old in vmas:
         vma = Vma(old.start, old.end, old.perms, old.offset, old.name, old.flags - but)

@@ -1,119 +1,43 @@
 """Every byte of a restored tree, before it runs, against stock CRIU's restore of the same dump; and the tree then goes on.
 
-One dump of each nasty process is restored by CRIU as it is, filled, joined and lazily: VMAs, bytes, guard pages and the pages that
-processes have in common must be the same. The process then verifies and uses its memory itself.
+One dump of each nasty process is restored by CRIU as it is, filled, joined and lazily: VMAs, bytes, guard pages and the pages
+that processes have in common must be the same. The process then verifies and uses its memory itself.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import pytest
 import xxhash
 
+from smr.images.criu_layers import add_criu_layers
 from smr.images.fill import fill
 from smr.images.join import join
 from smr.images.lazy_folder import load_all
-from smr.images.pagetable import PAGE_BYTES, Codec, PageTable, Run, parse_table
-from smr.images.split import Split, split
+from smr.images.pagetable import PAGE_BYTES, PageTable, Run, parse_table
+from smr.images.segments import page_table, segment_paths
+from smr.images.store import Store
 from smr.proto.errors import Code, SmrError
-from tests.integration.command import eventually, run
-from tests.integration.criu_tree import Dump, Restored, dump
+from tests.integration.command import eventually
+from tests.integration.criu_tree import Dump, Restored
 from tests.integration.memory_image import TreeMemory, differences
-from tests.integration.node import REPOSITORY
+from tests.integration.page_cases import MIB, MOVED, Made, make
 from tests.integration.sandbox import Sandbox
+from tests.store_support import make_config, rewrite_blob
 
 pytestmark = pytest.mark.slow
-MIB = 1 << 20
-_HERE = Path(__file__).parent
-_NASTY = _HERE / "nasty.py"
-# How many MiB of it must be delivered by us, at least: a comparison of what CRIU restores with what CRIU restores says nothing.
-MOVED = {
-    "cow": 100,
-    "generations": 16,
-    "protections": 48,
-    "advice": 80,
-    "stacks": 60,
-    "hugetlb": 30,
-    "memfd": 30,
-    "shared": 46,
-    "sparse": 38,
-    "zeros": 60,
-    "threads": 40,
-    "stopped": 60,
-    "locked": 30,
-    "guard": 36,
-    "files": 30,
-    "holes": 46,
-    "heap": 24,
-    "jemalloc": 24,
-    "tcmalloc": 24,
-    "jvm": 60,
-    "node": 50,
-    "torch": 100,
-}
-COMPRESSED = ("heap", "jemalloc", "jvm", "zeros")
-Program = tuple[Sequence[object], Mapping[str, str]]
-
-
-def program(case: str, folder: Path) -> Program:
-    """How to start a case, and with what besides the environment; skips where the machine has not got it."""
-    other = {"jvm": _jvm, "node": _node, "torch": _torch, "hugetlb": _hugetlb}
-    if case in other:
-        return other[case](folder)
-    if case in ("jemalloc", "tcmalloc"):
-        found = sorted(Path("/usr/lib").glob(f"*/lib{case}*.so.[24]"))
-        if not found:
-            pytest.skip(f"no {case} in /usr/lib: run dev/provision")
-        return _python("heap", folder), {"LD_PRELOAD": str(found[0])}
-    if case == "guard" and tuple(map(int, os.uname().release.split(".")[:2])) < (6, 15):
-        pytest.skip(f"Linux {os.uname().release} does not tell where guard regions are (6.15 does)")
-    return _python(case, folder), {}
-
-
-def _python(case: str, folder: Path, interpreter: object = sys.executable) -> Sequence[object]:
-    return interpreter, "-I", _NASTY, case, folder
-
-
-def _hugetlb(folder: Path) -> Program:
-    free = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
-    if not free.exists() or int(free.read_text()) < 32:
-        pytest.skip("no huge pages of 2 MiB can be reserved here")
-    return _python("hugetlb", folder), {}
-
-
-def _jvm(folder: Path) -> Program:
-    java, javac = shutil.which("java"), shutil.which("javac")
-    if java is None or javac is None:
-        pytest.skip("no java and javac on PATH")
-    run([javac, "-d", folder, _HERE / "Nasty.java"])
-    return [java, "-Xms192m", "-Xmx192m", "-XX:+UseG1GC", "-XX:-UsePerfData", "-cp", folder, "Nasty", folder], {}
-
-
-def _node(folder: Path) -> Program:
-    node = shutil.which("node")
-    if node is None:
-        pytest.skip("no node on PATH")
-    return [node, _HERE / "nasty.js", folder], {"UV_USE_IO_URING": "0"}  # CRIU has no io_uring
-
-
-def _torch(folder: Path) -> Program:
-    path = Path(os.environ.get("SMR_DEMO_PYTHON", REPOSITORY / ".venv-demo/bin/python"))
-    if not path.exists() or run([path, "-I", "-c", "import torch"], check=False).returncode != 0:
-        pytest.skip(f"no {path} with torch: run dev/demo once")
-    return _python("torch", folder, path), {"OMP_NUM_THREADS": "2"}
 
 
 @pytest.fixture(scope="module")
@@ -126,34 +50,6 @@ def huge_pages() -> Iterator[None]:
     yield
     with suppress(OSError):
         path.write_text(before)
-
-
-@dataclass(frozen=True)
-class Made:
-    """A dump in three forms: as CRIU made it, what its restore is, and split."""
-
-    case: str
-    stock: Dump
-    memory: TreeMemory
-    stripped: Dump
-    split: Split
-
-    @property
-    def segments(self) -> list[Path]:
-        """The files."""
-        return [segment.path for segment in self.split.segments]
-
-
-def make(case: str, criu: Path, folder: Path) -> Made:
-    """Start, dump, restore by stock CRIU, split. The stock restore must itself be right."""
-    argv, env = program(case, folder)
-    stock = dump(criu, argv, {**os.environ, **env}, folder)
-    with stock.restored() as restored:
-        memory = restored.memory()
-        assert restored.go_on() == "ok", "stock CRIU's restore"
-    stripped = stock.copy("stripped")
-    (folder / "segments").mkdir()
-    return Made(case, stock, memory, stripped, split(stripped.images, folder / "segments", compress=case in COMPRESSED))
 
 
 @pytest.fixture(scope="module", params=MOVED)
@@ -185,7 +81,7 @@ def same(made: Made, restored: Restored, *, but: Sequence[str] = ()) -> None:
 
 
 def test_only_plain_memory_is_moved(made: Made) -> None:
-    """As much as there is, and of private anonymous writable VMAs only; never a page that the kernel writes to, nor a common one."""
+    """As much as there is, of private anonymous writable VMAs only; never a page that the kernel writes to, nor a common one."""
     table = made.split.table
     assert table.memory_bytes >= MOVED[made.case] * MIB
     kernels = {(pid, address // PAGE_BYTES) for pid, areas in made.stock.kernels().items() for address, _ in areas}
@@ -253,7 +149,7 @@ def test_lazy_tree_runs_while_pages_come(made: Made, lazy: Dump) -> None:
 
 
 def test_the_comparison_can_fail(plain: Made) -> None:
-    """A tree that was not filled, one with a VMA less and one with a page that is no longer common are told from the stock one."""
+    """A tree that was not filled, one with a VMA less, one with a page that is no longer common: each is found to differ."""
     with plain.stripped.restored() as restored:
         found = differences(plain.memory, restored.memory())
     assert len(found) == 40 and "expected bytes, found zeros" in found[0]
@@ -341,7 +237,8 @@ def test_a_table_that_does_not_fit_the_tree_is_refused(plain: Made, lie: str) ->
 def test_a_tree_that_runs_is_not_filled(plain: Made) -> None:
     """Writing under a running process would be what no restore may do."""
     with plain.stripped.restored() as restored:
-        os.kill(restored.pid, 18)
+        fill(plain.split.table, plain.segments, restored.pids)
+        os.kill(restored.pid, signal.SIGCONT)
         eventually(lambda: set(restored.states().values()) <= {"S", "R"})
         with pytest.raises(SmrError, match="needed stopped"):
             fill(plain.split.table, plain.segments, restored.pids)
@@ -367,23 +264,30 @@ def test_a_cut_segment_is_said(plain: Made, tmp_path: Path, left: int) -> None:
     assert caught.value.code is Code.IMAGE_CORRUPT
 
 
-def test_altered_bytes_have_another_digest(plain: Made, tmp_path: Path) -> None:
-    """One bit of a segment: its blob's sha256 and the digest of just that chunk tell."""
-    path, chunk = tmp_path / "altered", plain.split.table.chunks[5]
-    segment = plain.split.segments[chunk.segment]
-    data = bytearray(segment.path.read_bytes())
-    assert f"sha256:{hashlib.sha256(data).hexdigest()}" == segment.digest
+def test_altered_bytes_are_found_by_verify(plain: Made, tmp_path: Path) -> None:
+    """One bit of a segment in a store, its length as it was: the blob is named, and of its chunks just that one is wrong."""
+    dump = plain.stock.copy("altered")
+    store = Store(tmp_path / "store")
+    try:
+        with store.ingest() as ingest:
+            add_criu_layers(dump.images, ingest)
+            image = ingest.commit("plain:1", make_config())
+    finally:
+        shutil.rmtree(dump.images)
+    assert store.verify(image).ok
+    table = page_table(image)
+    assert table is not None
+    chunk, path = table.chunks[5], segment_paths(image)[table.chunks[5].segment]
+    data = bytearray(path.read_bytes())
     data[chunk.offset + 1000] ^= 1
-    path.write_bytes(data)
-    assert f"sha256:{hashlib.sha256(data).hexdigest()}" != segment.digest
-    wrong = [
-        number
-        for number, other in enumerate(plain.split.table.chunks)
-        if other.segment == chunk.segment
-        and other.codec == Codec.RAW
-        and xxhash.xxh3_128_digest(data[other.offset : other.offset + other.stored_bytes]) != other.digest
-    ]
-    assert wrong == [5]
+    rewrite_blob(path, bytes(data))
+    (problem,) = store.verify(image).problems
+    assert problem.what == "segment" and problem.error.code is Code.IMAGE_CORRUPT and path.name in problem.digest
+    with pytest.raises(SmrError, match=path.name[:12]):
+        image.check()
+    mine = [(number, other) for number, other in enumerate(table.chunks) if other.segment == chunk.segment]
+    parts = [(number, other, data[other.offset : other.offset + other.stored_bytes]) for number, other in mine]
+    assert [number for number, other, part in parts if xxhash.xxh3_128_digest(part) != other.digest] == [5]
 
 
 def test_a_process_that_is_gone_is_said(plain: Made) -> None:
@@ -421,4 +325,4 @@ def _kill_at(pid: int, pages: int) -> None:
     deadline = time.monotonic() + 10
     while int(path.read_text().split()[1]) < before + pages and time.monotonic() < deadline:
         pass
-    os.kill(pid, 9)
+    os.kill(pid, signal.SIGKILL)
