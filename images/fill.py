@@ -4,8 +4,10 @@ The tree was restored by CRIU without these pages and has not run since, so noth
 from our memory into theirs and releases the interpreter's lock; memory is charged to the container. Three sources, by piece:
 
     page cache    the segment is mapped, populated, written from there: one copy (38 GB/s on 16 cores; reading first, 33)
-    disk          read with O_DIRECT into an aligned buffer of the thread's, or through the page cache where it shall stay
+    disk          read with O_DIRECT into an aligned buffer of the thread's; or, where it shall stay, brought into the page cache
     compressed    read, decoded, written
+
+One thread a processor when all is in the page cache, twice as many when threads have to wait for a disk.
 
 Before the first byte is written it is made sure that each process is stopped and has, where the table puts pages, private
 anonymous writable memory and nothing else; lengths were checked when the table was parsed. After a failure the tree has some of
@@ -20,14 +22,15 @@ import mmap
 import os
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from itertools import pairwise
 from pathlib import Path
 
-from smr.images.pagecache import cached_bytes
+from smr.images.pagecache import cached_bytes, read_ahead
 from smr.images.pagetable import PAGE_BYTES, Chunk, Codec, PageTable, Run
 from smr.images.spans import Span, union
 from smr.proto.errors import Code, SmrError
@@ -35,6 +38,8 @@ from smr.proto.errors import Code, SmrError
 # One call's worth: large enough that the interpreter's share is lost in it, small enough that threads end together.
 PIECE_BYTES = 8 << 20
 _MAX_THREADS = 16
+# CRIU returns while the signal that stops the tree is still on its way.
+_STOP_S = 5.0
 # UIO_MAXIOV is 1024.
 _MAX_RUNS = 512
 _MADV_HUGEPAGE = 14
@@ -76,17 +81,24 @@ def fill(
     *,
     threads: int | None = None,
     source: Source = Source.AUTO,
+    progress: Callable[[int], object] = lambda _: None,
 ) -> Filled:
     """Write all runs; `pids` gives each pid of the table its process here. Returns when every byte is written.
+
+    `threads`: how many processors it may use. `progress` is called now and then with the bytes that are written so far.
 
     Raises RESTORE_FAILED when a process is gone, runs, or has no such memory; IMAGE_CORRUPT when a segment is cut.
     """
     for pid, runs in table.by_process():
         _check_process(pid, pids.get(pid, 0), table, runs)
     pieces = list(_pieces(table))
-    count = max(1, min(threads or min(_MAX_THREADS, len(os.sched_getaffinity(0))), len(pieces)))
     with ExitStack() as stack:
-        job = _Job(table=table, pids=pids, files=[_Segment(stack, path, source) for path in segments])
+        files = [_Segment(stack, path, source) for path in segments]
+        job = _Job(table=table, pids=pids, files=files, keep=source is Source.CACHE, progress=progress)
+        count = threads or min(_MAX_THREADS, len(os.sched_getaffinity(0)))
+        if not all(file.cached for file in files):
+            count = max(4, 2 * count)
+        count = max(1, min(count, len(pieces)))
         for piece in pieces:
             job.todo.put(piece)
         workers = [threading.Thread(target=job.work, name=f"smr-fill-{number}") for number in range(count)]
@@ -146,6 +158,7 @@ class _Segment:
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         stack.callback(os.close, self.fd)
         self.size_bytes = os.fstat(self.fd).st_size
+        self.cached = cached_bytes(self.fd, 0, self.size_bytes) >= self.size_bytes
         self.direct = self.fd
         if source is not Source.CACHE:
             with suppress(OSError):  # tmpfs before Linux 6.6, for one
@@ -160,9 +173,12 @@ class _Job:
     table: PageTable
     pids: Mapping[int, int]
     files: Sequence[_Segment]
+    keep: bool
+    progress: Callable[[int], object]
     todo: queue.SimpleQueue[_Piece] = field(default_factory=queue.SimpleQueue)
     errors: list[Exception] = field(default_factory=list)
     read_bytes: int = 0
+    written_bytes: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def work(self) -> None:
@@ -176,6 +192,9 @@ class _Job:
                     except queue.Empty:
                         break
                     read += self._deliver(piece, buffer)
+                    with self.lock:
+                        self.written_bytes += sum(end - begin for begin, end in piece.targets)
+                    self.progress(self.written_bytes)
         except OSError as error:
             self.errors.append(SmrError(f"a page cannot be read: {error}", code=Code.IMAGE_CORRUPT))
         except Exception as error:  # noqa: BLE001  # carried to the caller's thread
@@ -194,9 +213,10 @@ class _Job:
 
             stored = buffer.read(file.fd if cached else file.direct, piece, file)
             pages = decode(Codec(chunk.codec), stored, chunk.pages * PAGE_BYTES)
-            holder = (ctypes.c_char * len(pages)).from_buffer_copy(pages)
-            self._write(piece, ctypes.addressof(holder))
-        elif cached:
+            self._write(piece, _address(pages))
+        elif cached or self.keep:
+            if not cached:
+                read_ahead(file.fd, piece.offset, piece.size_bytes)
             with _Mapped(file.fd, piece.offset, piece.size_bytes) as address:
                 self._write(piece, address)
         else:
@@ -216,6 +236,13 @@ class _Job:
         number = ctypes.get_errno() if done < 0 else errno.EFAULT
         where = f"{max(done, 0)} bytes into the run at {piece.targets[0][0]:#x}"
         raise _failed(f"the memory of process {pid} cannot be written {where}: {os.strerror(number)}", pid)
+
+
+def _address(data: bytes | bytearray | memoryview) -> int:
+    """Where the bytes lie: a copy would be made under the interpreter's lock."""
+    if isinstance(data, bytes):
+        return ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value or 0
+    return ctypes.addressof(ctypes.c_char.from_buffer(data))
 
 
 class _Iovec(ctypes.Structure):
@@ -296,7 +323,7 @@ class _Buffer:
 def _check_process(pid: int, host_pid: int, table: PageTable, runs: Sequence[Run]) -> None:
     """The process is here, stopped, and has memory of the right kind wherever pages are to go."""
     try:
-        state = Path(f"/proc/{host_pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+        state = _stopped(host_pid)
         memory = _writable(Path(f"/proc/{host_pid}/maps").read_text(errors="replace"))
     except (OSError, IndexError) as error:
         raise _failed(f"the restored process {pid} is gone", host_pid) from error
@@ -313,6 +340,16 @@ def _check_process(pid: int, host_pid: int, table: PageTable, runs: Sequence[Run
                 f"the restored process {pid} has no private writable memory at {run.address:#x} to {last:#x}, where pages belong",
                 host_pid,
             )
+
+
+def _stopped(host_pid: int) -> str:
+    """The process's state, once it is stopped or that has taken too long."""
+    deadline = time.monotonic() + _STOP_S
+    while True:
+        state = Path(f"/proc/{host_pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+        if state in "TtZX" or time.monotonic() > deadline:
+            return state
+        time.sleep(0.001)
 
 
 def _writable(maps: str) -> list[Span]:

@@ -140,13 +140,14 @@ def start_prefetch(config: Config, bundle: Path) -> None:
     except SmrError:
         return
     if annotations is not None:
-        start_prefetch_of(config, annotations.restore)
+        start_prefetch_of(config, annotations.restore, "--while", str(bundle))
 
 
-def start_prefetch_of(config: Config, reference: str) -> None:
+def start_prefetch_of(config: Config, reference: str, *options: str) -> None:
     """Read an image's pages ahead in a process that nobody waits for."""
     # Its own session and stdio: containerd waits for the end of file of the shim's pipes.
     argv = [sys.executable, "-I", "-m", "smr.images.prefetch", str(config.store), reference]
+    argv += [*options, "--share", str(config.cache_share)]
     null = subprocess.DEVNULL
     with contextlib.suppress(OSError):
         subprocess.Popen(argv, stdin=null, stdout=null, stderr=null, start_new_session=True)

@@ -14,10 +14,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from smr.images.budget import Limits, fill_slot
+from smr.images.budget import Limits, fill_slot, pending_bytes
 from smr.images.fill import Filled, Source, fill
 from smr.images.image import Image
-from smr.images.pagecache import available_bytes
+from smr.images.pagecache import node_available_bytes
 from smr.images.pagetable import PageTable
 from smr.images.prefetch import Way, plan
 from smr.images.segments import page_table, segment_paths
@@ -100,7 +100,7 @@ def fill_tree(delivery: Delivery, image: Image, root_pid: int, config: Config) -
     if delivery.strategy is Pages.LAZY:
         return None
     pids = {process.ns_pid: process.pid for process in procs.tree(root_pid)}
-    way = plan(image, available_bytes(), share=config.cache_share).way
+    way = plan(image, node_available_bytes() - pending_bytes(config.run), share=config.cache_share).way
     with fill_slot(config.run, size_bytes, Limits(fills=config.fills, wait_s=config.fill_wait_s)) as slot:
         return fill(
             delivery.table,
@@ -108,6 +108,7 @@ def fill_tree(delivery: Delivery, image: Image, root_pid: int, config: Config) -
             pids,
             threads=slot.threads,
             source=Source.CACHE if way is Way.CACHE else Source.DIRECT,
+            progress=slot.populated,
         )
 
 

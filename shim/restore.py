@@ -97,6 +97,7 @@ def start_prefetch(config: Config, image: Image, state: ContainerState) -> subpr
     ):
         return None
     argv = [sys.executable, "-I", "-m", "smr.images.prefetch", str(config.store), image.digest, str(state.path / "cancel")]
+    argv += ["--share", str(config.cache_share)]
     null = subprocess.DEVNULL
     try:
         return subprocess.Popen(argv, stdin=null, stdout=null, stderr=null, start_new_session=True)

@@ -138,7 +138,7 @@ def test_prefetch_is_of_the_annotated_image(node: Recorder) -> None:
     (node.bin / "shim").chmod(0o755)
     work = bundle(node, smr__restore="llama:warm")
     node("shim", *START, cwd=work)
-    assert eventually(log.read_text) == f"-I -m smr.images.prefetch {node.path}/store llama:warm\n"
+    assert eventually(log.read_text) == f"-I -m smr.images.prefetch {node.path}/store llama:warm --while {work} --share 0.5\n"
     node("shim", *DELETE, cwd=work)
     assert log.read_text().count("smr.images.prefetch") == 1
 
