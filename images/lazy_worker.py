@@ -35,7 +35,8 @@ from smr.images.pagetable import PAGE_BYTES
 from smr.images.uffd import Event, Message
 from smr.proto.errors import Code, SmrError
 
-# What a fault gets at once, and how many zeros where nothing is missing.
+# What a fault gets at once, and how many zeros where nothing is missing. 200 random pages of 1 GiB, on 2 cores, while it fills:
+# 0.14 s with 16 KiB, 0.08 with 64, 0.09 with 256, 0.24 with 2 MiB.
 FAULT_BYTES = 64 << 10
 # One call of the filling: how long a fault may have to wait for the gate.
 COPY_BYTES = 1 << 20
