@@ -143,6 +143,7 @@ def stacks():
         stack.at, stack.size = own_stack() + MIB, 24 * MIB
         stack.at += -stack.at % MIB
         stack.fill(number)
+        deep(200)
         started[number].set()
         resume.wait()
         try:
@@ -174,6 +175,11 @@ def down(region, size):
         region.fill("down", at, MIB)
 
 
+def deep(levels):
+    """Use this thread's stack from its top, where its rseq area is, so far down that the pages make a long run."""
+    return max([levels], key=lambda _: deep(levels - 1)) if levels else 0
+
+
 def own_stack():
     """The lowest address of this thread's stack."""
     libc.pthread_self.restype = ctypes.c_void_p
@@ -192,6 +198,7 @@ def threads():
 
     def body(number):
         mine.value = pattern(number, 65536)
+        deep(200)
         region.fill(number, number * MIB, MIB)
         started[number].set()
         resume.wait()
