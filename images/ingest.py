@@ -83,8 +83,9 @@ class Ingest:
     ) -> None:
         """Move a regular file in as a layer; from then on it is not the caller's. Layers keep the order of these calls.
 
-        `digest` is that of a file that the caller hashed while writing it; any other is hashed here. Returns at once, unless the file has to be copied from another file system. When its digest turns out not to be
-        `expected`, `commit` raises ARCHIVE_INVALID. Raises DISK_FULL.
+        `digest` is that of a file that the caller hashed while writing it; any other is hashed here. Returns at once, unless
+        the file has to be copied from another file system. When its digest turns out not to be `expected`, `commit` raises
+        ARCHIVE_INVALID. Raises DISK_FULL.
         """
         self._check_open()
         size_bytes = _regular_size(file)

@@ -3,7 +3,7 @@
     header     8s magic "SMRPAGES", u32 version, u32 segments, u32 chunks, u32 runs
     segments   u64 size_bytes, in the order of the manifest's SEGMENT layers
     chunks     u32 segment, u32 codec, u64 offset, u32 stored_bytes, u32 pages, 16s XXH3-128 of the pages; by segment, offset
-    runs       u32 pid, u32 flags, u64 address, u32 chunk, u32 0; by pid, address
+    runs       u32 pid, u32 flags, u64 address, u32 chunk, 4 bytes of nothing; by pid, address
 
 All little endian. A run is a whole chunk at an address; two runs with the same bytes share a chunk. Pages are 4096 bytes. `pid`
 is the process's in the container's pid namespace, `flags` are those of CRIU's pagemap entry that the run was cut from. Chunks
@@ -33,7 +33,7 @@ _MAGIC = b"SMRPAGES"
 _HEADER = struct.Struct("<8sIIII")
 _SEGMENT = struct.Struct("<Q")
 _CHUNK = struct.Struct("<IIQII16s")
-_RUN = struct.Struct("<IIQII")
+_RUN = struct.Struct("<IIQI4x")
 _ADDRESS_END = 1 << 57
 
 
@@ -95,7 +95,7 @@ class PageTable:
         parts = [_HEADER.pack(_MAGIC, VERSION, len(self.segments), len(self.chunks), len(self.runs))]
         parts += [_SEGMENT.pack(size) for size in self.segments]
         parts += [_CHUNK.pack(*chunk) for chunk in self.chunks]
-        parts += [_RUN.pack(*run, 0) for run in self.runs]
+        parts += [_RUN.pack(*run) for run in self.runs]
         return b"".join(parts)
 
 
@@ -118,8 +118,8 @@ def parse_table(data: bytes, what: str = "page table") -> PageTable:
     view = memoryview(data)
     table = PageTable(
         segments=[size for (size,) in _SEGMENT.iter_unpack(view[ends[0] : ends[1]])],
-        chunks=[Chunk(*fields) for fields in _CHUNK.iter_unpack(view[ends[1] : ends[2]])],
-        runs=[Run(*fields[:4]) for fields in _RUN.iter_unpack(view[ends[2] : ends[3]])],
+        chunks=list(map(Chunk._make, _CHUNK.iter_unpack(view[ends[1] : ends[2]]))),
+        runs=list(map(Run._make, _RUN.iter_unpack(view[ends[2] : ends[3]]))),
     )
     _check_chunks(table, what)
     _check_runs(table, what)

@@ -7,10 +7,12 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from smr.images.budget import Limits, fill_slot
 from tests.integration.command import eventually
 from tests.integration.conftest import Engine, Warm, make_warm
 from tests.integration.podman import Podman
@@ -112,24 +114,31 @@ def bundle_image(restoring_runc: Runc) -> Iterator[Warm]:
 
 
 def test_killed_in_the_fill(restoring_runc: Runc, bundle_image: Warm, box: Sandbox) -> None:
-    """kill -9 from the moment that the tree exists: no half-filled process is left, and the next restore works."""
-    runc, before, statuses = restoring_runc, box.snapshot(), set()
+    """kill -9 when the tree exists and waits for its pages, and while they come: nothing is left, and the next restore works."""
+    runc, before, statuses = restoring_runc, box.snapshot(), []
     command = ("python3", "/app/workload.py", *FEATURES)
     for moment in range(8):
         folder = runc.bundle("again", *command, annotations={"smr.restore": bundle_image.image, **FAIL})
         argv = [*runc.smr, "create", "--bundle", str(folder), "again"]
-        with (
-            runc.output(folder) as output,
-            subprocess.Popen(argv, env=runc.env, stdin=subprocess.DEVNULL, stdout=output, stderr=output) as process,
-        ):
-            eventually(lambda: _filling(runc) or process.poll() is not None, timeout_s=20, what="the fill begins")
-            time.sleep(moment * 0.01)
+        with ExitStack() as stack:
+            output = stack.enter_context(runc.output(folder))
+            slots = stack.enter_context(ExitStack())
+            for _ in range(Limits().fills):  # no place is left for the fill, so it waits
+                slots.enter_context(fill_slot(runc.node.run_dir, 4096))
+            process = stack.enter_context(
+                subprocess.Popen(argv, env=runc.env, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+            )
+            eventually(lambda: _filling(runc), timeout_s=20, what="the fill begins")
+            assert process.poll() is None
+            if moment:
+                slots.close()
+                time.sleep((moment - 1) * 0.003)
             process.send_signal(signal.SIGKILL)
-            statuses.add(process.wait())
+            statuses.append(process.wait())
         runc("delete", "--force", "again", check=False)
         runc.remove("again")
         eventually(lambda: not box.snapshot().left_since(before), timeout_s=15, what=f"clean after moment {moment}")
-    assert -signal.SIGKILL in statuses, "no moment was within create"
+    assert statuses[:2] == [-signal.SIGKILL, -signal.SIGKILL]
     runc.start("again", *FEATURES, annotations={"smr.restore": bundle_image.image, **FAIL})
     assert runc.ask("again", "memory") == CRC
 
