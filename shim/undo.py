@@ -86,11 +86,18 @@ def _unmount(state: ContainerState) -> None:
     rootfs = state.record.rootfs
     for point in reversed(mountinfo.points()):
         # CRIU mounts the cgroup hierarchies below its work directory while it restores.
-        in_runtime = point.startswith((f"{folder}/", f"{state.path}/"))
+        in_runtime = point.startswith((f"{folder}/", f"{state.path}/")) or f"{point}/".startswith(f"{_crun_root(state)}/")
         in_root = bool(rootfs) and point.startswith(f"{rootfs}/") and point not in before
         if in_runtime or in_root:
             unmount(Path(point))
+    with contextlib.suppress(OSError):
+        _crun_root(state).rmdir()
     _remove_criu_roots(state)
+
+
+def _crun_root(state: ContainerState) -> Path:
+    """crun binds the container's root here while CRIU works, and refuses a folder of that name that it has not made."""
+    return Path(state.record.bundle) / "criu-root"
 
 
 def _remove_runtime_dir(folder: Path) -> None:
