@@ -36,7 +36,7 @@ from smr.images.spans import Span, union
 from smr.proto.errors import Code, SmrError
 
 # One call's worth: large enough that the interpreter's share is lost in it, small enough that threads end together.
-PIECE_BYTES = 8 << 20
+PIECE_BYTES = 4 << 20
 _MAX_THREADS = 16
 # CRIU returns while the signal that stops the tree is still on its way.
 _STOP_S = 5.0

@@ -38,6 +38,7 @@ class Summary:
             "annotations": {key: value for key, value in record.annotations.items() if key.startswith("smr.")},
             "criu_options": list(record.criu_options),
             "warnings": list(record.warnings),
+            "pages": dict(record.pages),
             "lazy": lazy_progress(state.work_dir),
             "stages_s": record.stages_s(),
             "stages": [asdict(stage) for stage in record.stages],

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smr.images.budget import Limits, fill_slot, pending_bytes
-from smr.images.fill import Filled, Source, fill
+from smr.images.fill import Source, fill
 from smr.images.image import Image
 from smr.images.pagecache import node_available_bytes
 from smr.images.pagetable import PageTable
@@ -88,21 +88,21 @@ def lazy_progress(work: Path) -> dict[str, object] | None:
     return found if isinstance(found, dict) else None
 
 
-def fill_tree(delivery: Delivery, image: Image, root_pid: int, config: Config) -> Filled | None:
-    """Fill the stopped tree below `root_pid`; None when that is not how its pages come.
+def fill_tree(delivery: Delivery, image: Image, root_pid: int, config: Config) -> dict[str, str | int]:
+    """Fill the stopped tree below `root_pid`, if that is how its pages come; returns what there is to tell of it.
 
     Raises MEMORY_LIMIT before a page is written when the container's limit or the node has no room, and what `fill` raises.
     """
     if delivery.table is None or delivery.strategy is Pages.CRIU:
-        return None
+        return {"strategy": Pages.CRIU.value}
     size_bytes = delivery.table.memory_bytes
     check_limit(root_pid, size_bytes)
     if delivery.strategy is Pages.LAZY:
-        return None
+        return {"strategy": Pages.LAZY.value, "memory_bytes": size_bytes}
     pids = {process.ns_pid: process.pid for process in procs.tree(root_pid)}
     way = plan(image, node_available_bytes() - pending_bytes(config.run), share=config.cache_share).way
     with fill_slot(config.run, size_bytes, Limits(fills=config.fills, wait_s=config.fill_wait_s)) as slot:
-        return fill(
+        filled = fill(
             delivery.table,
             delivery.segments,
             pids,
@@ -110,6 +110,7 @@ def fill_tree(delivery: Delivery, image: Image, root_pid: int, config: Config) -
             source=Source.CACHE if way is Way.CACHE else Source.DIRECT,
             progress=slot.populated,
         )
+    return {"strategy": Pages.FILL.value, "memory_bytes": filled.bytes, "read_bytes": filled.read_bytes, "source": way.value}
 
 
 def check_limit(pid: int, size_bytes: int) -> None:

@@ -75,7 +75,7 @@ def restore(call: RuntimeCall, spec: Spec, annotations: Annotations, config: Con
             state.record.pid_started = procs.started(state.record.pid)
         state.save()
         with state.stage("fill"):
-            pages.fill_tree(delivery, image, state.record.pid, config)
+            state.record.pages = pages.fill_tree(delivery, image, state.record.pid, config)
         with state.stage("adopt"):
             namespaces.adopt(state.record.pid, spec)
         with state.stage("source"):

@@ -99,6 +99,7 @@ def _report(state: ContainerState, config: Config) -> None:
         image=record.image,
         digest=record.digest,
         pid=record.pid,
+        pages=dict(record.pages),
         stages_s=record.stages_s(),
         total_s=round(time.monotonic() - record.started_monotonic, 6),
     )

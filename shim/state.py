@@ -89,6 +89,7 @@ class Record:
     stages: list[Stage] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     annotations: Mapping[str, str] = field(default_factory=dict)
+    pages: Mapping[str, str | int] = field(default_factory=dict)
     criu_options: tuple[str, ...] = ()
     mounts_before: tuple[str, ...] = ()
     stopped_pids: tuple[int, ...] = ()
