@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from smr.images import uffd
+from smr.images.charge import leave_cgroup
 from smr.images.files import write_atomic
 from smr.images.lazy_journal import Ending, Journal
 from smr.images.lazy_source import Source
@@ -202,7 +203,9 @@ def _spare() -> None:
 
 
 def _detach() -> None:
+    """On its own: who started it may end, and its cgroup with it, while the container runs on."""
     os.setsid()
+    leave_cgroup()
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
