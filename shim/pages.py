@@ -22,6 +22,7 @@ from smr.images.pagetable import PageTable
 from smr.images.prefetch import Way, plan
 from smr.images.segments import page_table, segment_paths
 from smr.proto.annotations import Pages
+from smr.proto.checkpoint import LayerType
 from smr.proto.errors import Code, SmrError
 from smr.shim import cgroups, procs
 from smr.shim.config import Config
@@ -34,7 +35,8 @@ class Delivery:
 
     strategy: Pages
     table: PageTable | None
-    segments: tuple[Path, ...]
+    table_path: Path = Path()
+    segments: tuple[Path, ...] = ()
 
     def prepare(self, folder: Path, work: Path) -> None:
         """Before CRIU begins: give it all pages, or start the server of pages, or nothing. `work` is CRIU's work directory."""
@@ -48,7 +50,7 @@ class Delivery:
             from smr.images.lazy_folder import load_all
 
             load_all(folder)
-            _serve(self.table, self.segments, work)
+            _serve(self.table_path, self.segments, work)
 
     @property
     def options(self) -> dict[str, str]:
@@ -60,16 +62,16 @@ def choose(image: Image, wanted: Pages) -> Delivery:
     """The strategy for an image. Raises IMAGE_CORRUPT for a page table that lies."""
     table = page_table(image)
     if table is None:
-        return Delivery(strategy=Pages.CRIU, table=None, segments=())
+        return Delivery(strategy=Pages.CRIU, table=None)
     strategy = Pages.FILL if wanted is Pages.AUTO else wanted
-    return Delivery(strategy=strategy, table=table, segments=tuple(segment_paths(image)))
+    (blob,) = image.layers_of(LayerType.PAGETABLE)
+    return Delivery(strategy=strategy, table=table, table_path=blob.path, segments=tuple(segment_paths(image)))
 
 
-def _serve(table: PageTable, segments: tuple[Path, ...], work: Path) -> None:
+def _serve(table: Path, segments: tuple[Path, ...], work: Path) -> None:
     """Start the server of pages; when this returns its socket listens, where CRIU looks for it."""
-    (work / "pagetable").write_bytes(table.to_bytes())
     (work / "segments").write_text("".join(f"{path}\n" for path in segments))
-    files = ("--table", work / "pagetable", "--segments", work / "segments", "--socket", work / "lazy-pages.socket")
+    files = ("--table", table, "--segments", work / "segments", "--socket", work / "lazy-pages.socket")
     argv: list[str | Path] = [sys.executable, "-I", "-m", "smr.images.lazy", *files, "--status", lazy_status(work)]
     run(argv, timeout_s=20, code=Code.RESTORE_FAILED)
 
