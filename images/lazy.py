@@ -5,8 +5,9 @@
 
 BLOB is a page table (smr.images.pagetable), LIST a file with one path of a segment a line in the table's order, SOCKET the path
 `lazy-pages.socket` in the directory that `criu restore` is given as its work directory. The program exits with status 0 once
-the socket listens, and goes on in the background; with 1 and an error on stderr when it cannot serve. STATUS is JSON, replaced
-atomically: {"version": 1, "state": "serving"|"done"|"failed", "reason", "pid", "copied_pages", "faults", "deaths", "seconds"}.
+the socket listens and STATUS is there, and goes on in the background; with 1 and an error on stderr when it cannot serve. STATUS
+is JSON, replaced atomically: {"version": 1, "state": "serving"|"done"|"failed", "reason", "pid", "copied_pages", "faults",
+"deaths", "seconds"}.
 `pid` is the keeper's. With --rest each thread of the filling rests after each chunk, which leaves the disk to others.
 The pages that the folder still has are to be loaded by CRIU itself: smr.images.lazy_folder.
 
@@ -78,11 +79,17 @@ class Server:
         listener.listen(1)
         return listener
 
-    def run(self, listener: net.socket) -> NoReturn:
-        """Serve until all is delivered or has failed, then exit. The process has one thread."""
+    def run(self, listener: net.socket, ready: int) -> NoReturn:
+        """Serve until all is delivered or has failed, then exit. The process has one thread.
+
+        A byte is written to the descriptor `ready` once there is a status.
+        """
         sys.setswitchinterval(_SWITCH_S)
         _spare()
         keeper = _Keeper(self, listener)
+        keeper.say("serving")
+        os.write(ready, b"1")
+        os.close(ready)
         keeper.keep()
 
 
@@ -249,11 +256,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SmrError as error:
         sys.stderr.write(f"{error}\n")
         return 1
+    wait, ready = os.pipe()
     if not os.fork():
+        os.close(wait)
         _detach()
-        server.run(listener)
+        server.run(listener, ready)
+    os.close(ready)
     listener.detach()
-    return 0
+    if os.read(wait, 1):
+        return 0
+    sys.stderr.write("the server of pages ended at its start: a segment changed meanwhile, or memory is short\n")
+    return 1
 
 
 if __name__ == "__main__":
