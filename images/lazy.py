@@ -109,7 +109,6 @@ class _Keeper:
         """Have a worker until the work has ended, and exit."""
         predecessor: Journal | None = None
         deaths, copied = 0, -1
-        self.say("serving")
         while self._journal.ending is Ending.RUNNING:
             keeper = os.getpid()
             worker = uffd.fork_sharing_files()
