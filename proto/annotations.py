@@ -25,6 +25,10 @@ TCP = "smr.tcp"
 PAGES = "smr.pages"
 ROOTFS = "smr.rootfs"
 COMMAND = "smr.command"
+GPU_MAP = "smr.gpu.map"
+QUIESCE = "smr.quiesce"
+RESUME = "smr.resume"
+HOOK_TIMEOUT = "smr.hook.timeout"
 MOUNT_PREFIX = "smr.mount."
 CRIU_PREFIX = "smr.criu."
 
@@ -41,7 +45,13 @@ KEYS: Mapping[str, str] = {
     PAGES: "how pages reach memory: auto, fill (before it runs), lazy (while it runs) or criu (CRIU's own way)",
     ROOTFS: "check (source image must be the checkpoint's) or force",
     COMMAND: "check (command must be the checkpoint's) or force",
+    GPU_MAP: "which GPU takes the place of which: auto, identity, order, or OLD=NEW[,OLD=NEW...] by UUID or index",
+    QUIESCE: "what a checkpoint does before it pauses the container: a preset, an HTTP call, a command or a signal",
+    RESUME: "what undoes it, after the checkpoint and after each restore",
+    HOOK_TIMEOUT: "seconds that each of these hooks may take",
 }
+# Keys that a container may have without asking for a restore: they speak of its own checkpoint.
+CHECKPOINT_KEYS = frozenset({QUIESCE, RESUME, HOOK_TIMEOUT})
 
 # Options of CRIU that cannot hand the host to a container: no paths, no scripts, no plugins.
 CRIU_OPTIONS: frozenset[str] = frozenset(
@@ -99,7 +109,10 @@ class Check(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Annotations:
-    """What one container asks of SMR. `mounts` maps a destination in the container to a source on the host."""
+    """What one container asks of SMR. `mounts` maps a destination in the container to a source on the host.
+
+    `gpu_map`, `quiesce` and `resume` are as written, for smr.shim.gpu.remap and smr.shim.quiesce. `hook_timeout_s` 0: theirs.
+    """
 
     restore: str
     fallback: Fallback = Fallback.COLD
@@ -107,6 +120,10 @@ class Annotations:
     pages: Pages = Pages.AUTO
     rootfs: Check = Check.CHECK
     command: Check = Check.CHECK
+    gpu_map: str = "auto"
+    quiesce: str = ""
+    resume: str = ""
+    hook_timeout_s: float = 0.0
     mounts: Mapping[str, str] = field(default_factory=dict)
     criu: Mapping[str, str] = field(default_factory=dict)
 
@@ -136,6 +153,7 @@ def wanted(annotations: Mapping[str, str]) -> bool:
 def parse(annotations: Mapping[str, str]) -> Annotations | None:
     """Parse the `smr.` keys of a spec's annotations; None when there are none.
 
+    Also None when they only say how the container is to be checkpointed (CHECKPOINT_KEYS).
     Raises SmrError ANNOTATION_UNKNOWN or ANNOTATION_INVALID, whatever `smr.fallback` says.
     """
     if not wanted(annotations):
@@ -143,6 +161,8 @@ def parse(annotations: Mapping[str, str]) -> Annotations | None:
     ours = {key: value for key, value in annotations.items() if key.startswith(PREFIX) and key not in OWN_STATUS}
     for key in ours:
         _check_key(key)
+    if RESTORE not in ours and set(ours) <= CHECKPOINT_KEYS:
+        return None
     if RESTORE not in ours:
         present = ", ".join(sorted(ours))
         raise SmrError(
@@ -157,6 +177,10 @@ def parse(annotations: Mapping[str, str]) -> Annotations | None:
         pages=_enum(Pages, ours, PAGES, Pages.AUTO),
         rootfs=_enum(Check, ours, ROOTFS, Check.CHECK),
         command=_enum(Check, ours, COMMAND, Check.CHECK),
+        gpu_map=ours.get(GPU_MAP, "auto"),
+        quiesce=ours.get(QUIESCE, ""),
+        resume=ours.get(RESUME, ""),
+        hook_timeout_s=_seconds(ours, HOOK_TIMEOUT),
         mounts={_destination(key): _source(key, value) for key, value in ours.items() if key.startswith(MOUNT_PREFIX)},
         criu={key.removeprefix(CRIU_PREFIX): _criu(key, value) for key, value in ours.items() if key.startswith(CRIU_PREFIX)},
     )
@@ -203,6 +227,18 @@ def _enum(kind: type[_E], ours: Mapping[str, str], key: str, default: _E) -> _E:
             code=Code.ANNOTATION_INVALID,
             annotation=key,
         ) from None
+
+
+def _seconds(ours: Mapping[str, str], key: str) -> float:
+    value = ours.get(key, "0")
+    if re.fullmatch(r"\d{1,5}(\.\d{1,3})?", value):
+        return float(value)
+    raise SmrError(
+        f"annotation {key}={value!r}: not a number of seconds",
+        hint=f"use {key}=30",
+        code=Code.ANNOTATION_INVALID,
+        annotation=key,
+    )
 
 
 def _destination(key: str) -> str:

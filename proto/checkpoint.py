@@ -82,7 +82,45 @@ class Task:
     stopped: bool = False
 
 
-_Record = TypeVar("_Record", Host, Source, Task)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """A GPU that the container had, in the order in which its processes see them. `uuid` as NVML writes it: GPU-xxxxxxxx-..."""
+
+    uuid: str
+    name: str
+    memory_bytes: int
+    minor: int = -1
+    compute_capability: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CudaTask:
+    """A process with CUDA, by its pid in the container. `vram_bytes` maps a GPU's uuid to what the process had there."""
+
+    pid: int
+    vram_bytes: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuState:
+    """What a checkpoint has of GPUs: those of the container, the driver (such as 580.159.04) and the processes that used it."""
+
+    driver: str
+    cuda: int = 0
+    gpus: tuple[Gpu, ...] = ()
+    tasks: tuple[CudaTask, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hooks:
+    """The quiesce and resume hooks of a checkpoint, as the annotations write them; empty for none."""
+
+    quiesce: str = ""
+    resume: str = ""
+    timeout_s: float = 0.0
+
+
+_Record = TypeVar("_Record", Host, Source, Task, Gpu, CudaTask, Hooks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +146,8 @@ class CheckpointConfig:
     memory_bytes: int = 0
     pause_s: float = 0.0
     stages_s: Mapping[str, float] = field(default_factory=dict)
+    gpu: GpuState | None = None
+    hooks: Hooks = field(default_factory=Hooks)
 
     def to_json(self) -> bytes:
         """Canonical JSON: sorted keys, no white space, UTF-8."""
@@ -140,7 +180,19 @@ def _parse(document: Mapping[str, object]) -> CheckpointConfig:
     known["tasks"] = tuple(_record(Task, task, "tasks[]") for task in as_list(document.get("tasks"), "tasks"))
     for name in ("external_mounts", "addresses", "bound_addresses", "criu_options"):
         known[name] = tuple(str(item) for item in as_list(document.get(name), name))
+    known["gpu"] = _gpu(document["gpu"]) if document.get("gpu") else None
+    known["hooks"] = _record(Hooks, document.get("hooks") or {}, "hooks")
     return CheckpointConfig(**known)  # type: ignore[arg-type]  # checked by name above, by value where it is used
+
+
+def _gpu(value: object) -> GpuState:
+    found = as_object(value, "gpu")
+    return GpuState(
+        driver=str(found["driver"]),
+        cuda=int(str(found.get("cuda", 0))),
+        gpus=tuple(_record(Gpu, item, "gpu.gpus[]") for item in as_list(found.get("gpus"), "gpu.gpus")),
+        tasks=tuple(_record(CudaTask, item, "gpu.tasks[]") for item in as_list(found.get("tasks"), "gpu.tasks")),
+    )
 
 
 def _record(kind: type[_Record], value: object, what: str) -> _Record:

@@ -51,6 +51,14 @@ class Code(StrEnum):
     PERMISSION = "permission"
     TIMEOUT = "timeout"
     UNSUPPORTED = "unsupported"
+    GPU_MISSING = "gpu_missing"
+    GPU_DRIVER = "gpu_driver"
+    GPU_MISMATCH = "gpu_mismatch"
+    GPU_MEMORY = "gpu_memory"
+    GPU_BUSY = "gpu_busy"
+    GPU_UNSUPPORTED = "gpu_unsupported"
+    GPU_FAILED = "gpu_failed"
+    HOOK_FAILED = "hook_failed"
 
 
 _NOT_FOUND = {Code.IMAGE_NOT_FOUND, Code.CONTAINER_NOT_FOUND}
@@ -64,6 +72,10 @@ _INCOMPATIBLE = {
     Code.NAMESPACE_MISMATCH,
     Code.TERMINAL_MISMATCH,
     Code.UNSUPPORTED,
+    Code.GPU_MISSING,
+    Code.GPU_DRIVER,
+    Code.GPU_MISMATCH,
+    Code.GPU_UNSUPPORTED,
 }
 _CORRUPT = {Code.IMAGE_CORRUPT, Code.ARCHIVE_UNSAFE, Code.ARCHIVE_INVALID}
 _CONFLICT = {Code.IMAGE_EXISTS, Code.IMAGE_IN_USE, Code.CONTAINER_STATE}

@@ -9,7 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smr.proto.checkpoint import FORMAT_VERSION, CheckpointConfig, Host, Source, Task, parse_config
+from smr.proto.checkpoint import (
+    FORMAT_VERSION,
+    CheckpointConfig,
+    CudaTask,
+    Gpu,
+    GpuState,
+    Hooks,
+    Host,
+    Source,
+    Task,
+    parse_config,
+)
 from smr.proto.errors import Code, SmrError
 
 CONFIG = CheckpointConfig(
@@ -36,6 +47,13 @@ CONFIG = CheckpointConfig(
     memory_bytes=1 << 34,
     pause_s=0.25,
     stages_s={"dump": 0.2},
+    gpu=GpuState(
+        driver="580.159.04",
+        cuda=13000,
+        gpus=(Gpu(uuid="GPU-1f79de5c", name="NVIDIA H200", memory_bytes=150 << 30, minor=0, compute_capability="9.0"),),
+        tasks=(CudaTask(pid=7, vram_bytes={"GPU-1f79de5c": 8 << 30}),),
+    ),
+    hooks=Hooks(quiesce="vllm", resume="vllm", timeout_s=30.0),
 )
 
 

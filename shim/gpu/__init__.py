@@ -1,0 +1,15 @@
+"""NVIDIA GPUs: the driver's checkpoint calls, which processes they concern, and which GPUs a restored container has.
+
+    driver       the driver's calls (libcuda.so.1), typed
+    helper       the program that makes them, one per operation; it has CUDA initialised
+    session      the helper's other end: what a checkpoint or a restore asks of it, with timeouts
+    ptrace       ptrace(2), and system calls made by a stopped process for us
+    onethread    lets one thread of a stopped process run, which is all that the driver's calls need
+    processes    which processes of a container have CUDA, or hold NVIDIA mappings without it
+    obstacles    what the driver cannot checkpoint, found before anything is paused
+    inventory    the GPUs of this node (NVML)
+    devices      the GPUs, device nodes and mounts of a container, from its spec
+    remap        which GPU of the new container takes the place of which of the old
+
+Nothing here is imported for a container without a GPU, and nothing needs an NVIDIA library to be imported.
+"""
