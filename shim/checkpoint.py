@@ -1,15 +1,19 @@
 """`smr checkpoint`: from a running container of any engine to a committed image.
 
-    freeze      the container's cgroup; clients wait from here
+    quiesce     the container's own hook; clients wait from here
+    gpu         GPU memory is brought into the memory of its processes
+    freeze      the container's cgroup
     dump        CRIU through the real runtime, leave-running; it thaws for the parasite and freezes again
     rootfs      the overlay's upper directory as a layer, and the contents of /dev/shm
-    thaw        clients go on: `pause_s` ends here
+    thaw        the container runs again
+    gpu_back    GPU memory goes back
+    resume      the container's own hook; clients go on, `pause_s` ends here
     split       the bulk of the pages into segments, hashed and deduplicated on the way
     commit      manifest, rename: the image exists from the last rename on, or not at all
 
 The container is frozen while its files are read, so they fit its memory. With `stop` it stays frozen until the commit and is
 then ended through its engine, so that nothing of it runs after the checkpoint. When this process is killed, its guard waits
-for CRIU to end and thaws the container; the half-made image is swept.
+for CRIU to end and gives the container back (smr.shim.hold); the half-made image is swept.
 """
 
 from __future__ import annotations
@@ -18,7 +22,6 @@ import contextlib
 import fcntl
 import os
 import platform
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -30,21 +33,19 @@ from smr.images.image import Image
 from smr.images.ingest import Ingest
 from smr.images.store import Store
 from smr.proto.annotations import Tcp, check_reference
-from smr.proto.checkpoint import MOUNT_ANNOTATION, CheckpointConfig, Host, LayerType, Source
+from smr.proto.checkpoint import MOUNT_ANNOTATION, CheckpointConfig, Hooks, Host, LayerType, Source
 from smr.proto.errors import Code, SmrError
-from smr.shim import cgroups, criu, inotify, network, preflight, procs, stopped
+from smr.shim import cgroups, criu, inotify, network, preflight, procs
 from smr.shim.config import Config
 from smr.shim.criu import Criu
 from smr.shim.dump import dump, options, restore_options
 from smr.shim.engines import locate, runtime_state
 from smr.shim.engines.target import Target
-from smr.shim.guard import Guard
-from smr.shim.procs import Process
+from smr.shim.hold import Hold, Progress, Stages, held, hooks_of
 from smr.shim.restore import external_destinations
 from smr.shim.rootfs import OverlayMount, overlay_of
 from smr.shim.run import run
 
-Progress = Callable[[str], None]
 _SHM = "/dev/shm"
 _NO_OVERLAY = (
     "the root {} is not an overlay: files that the container changed are not in the image, a restore needs them in place"
@@ -63,23 +64,6 @@ class Result:
     warnings: tuple[str, ...] = ()
 
 
-class _Stages:
-    """Times of stages, told to the user as they begin."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.seconds: dict[str, float] = {}
-        self._progress = progress
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        self._progress(name)
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[name] = round(time.monotonic() - start, 6)
-
-
 def checkpoint(
     target: Target,
     name: str,
@@ -88,16 +72,21 @@ def checkpoint(
     tcp: Tcp,
     stop: bool,
     compress: bool = False,
+    hooks: Hooks | None = None,
     progress: Progress = lambda _: None,
 ) -> Result:
-    """Checkpoint `target` as image `name`, its pages compressed or not.
+    """Checkpoint `target` as image `name`, its pages compressed or not; `hooks` are those of its annotations unless given.
 
-    A failure leaves the container as it was and no trace in the store.
+    A failure leaves the container as it was and no trace in the store, but for one: when GPU memory did not come back after a
+    dump that is good, the image is committed, and GPU_FAILED raised.
     """
     check_reference(name)
     tool = criu.find(config)
-    with _alone(target) as held:
-        return _checkpoint(held, name, config, tool, tcp=tcp, stop=stop, compress=compress, progress=progress)
+    wanted = hooks or hooks_of(target)
+    with _alone(target) as found:
+        return _Checkpoint(
+            target=found, config=config, tool=tool, tcp=tcp, stop=stop, compress=compress, hooks=wanted, stages=Stages(progress)
+        ).make(name)
 
 
 @contextlib.contextmanager
@@ -124,84 +113,86 @@ def _not_now(target: Target, what: str, hint: str) -> SmrError:
     return SmrError(f"container {target.name or target.id} {what}", hint=hint, code=Code.CONTAINER_STATE, container=target.id)
 
 
-def _checkpoint(
-    target: Target, name: str, config: Config, tool: Criu, *, tcp: Tcp, stop: bool, compress: bool, progress: Progress
-) -> Result:
-    chosen = options(tcp) | inotify.dump_options(target.pid)
-    stages = _Stages(progress)
-    with Store(config.store).ingest() as ingest, _frozen(target, stages) as freezer:
-        warnings = _capture(target, ingest, tool, chosen, freezer, config.log.parent)
-        # While it holds still: afterwards it may open other sockets than those of the image, or end.
-        addresses = _addresses(target)
-        if not stop:
-            freezer.thaw()
-        with stages.stage("describe"):
-            facts = _describe(target, ingest.path / "criu", tool, tcp, addresses)
-            halted = {process.ns_pid for process in freezer.stopped}
-            tasks = tuple(replace(task, stopped=True) if task.pid in halted else task for task in facts.tasks)
-            facts = replace(facts, tasks=tasks, pause_s=freezer.pause_s(), stages_s=dict(stages.seconds))
-        with stages.stage("split"):
-            _add_layers(target, ingest, compress=compress)
-        with stages.stage("commit"):
-            image = ingest.commit(name, facts)
-        if stop:
-            with stages.stage("stop"):
-                end_frozen(target, freezer.thaw)
-    return Result(image=image, pause_s=freezer.pause_s(), stages_s=stages.seconds, warnings=warnings)
-
-
-@dataclass(slots=True, kw_only=True)
-class _Freezer:
-    """A container that is held still, until `thaw`; one that was paused before stays so."""
-
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Checkpoint:
     target: Target
-    guard: Guard
-    stages: _Stages
-    start: float
-    stopped: tuple[Process, ...]
-    end: float = 0.0
+    config: Config
+    tool: Criu
+    tcp: Tcp
+    stop: bool
+    compress: bool
+    hooks: Hooks
+    stages: Stages
 
-    def thaw(self) -> None:
-        """Let it go on, once."""
-        if self.end:
-            return
-        with self.stages.stage("thaw"):
-            _let_go(self.target, self.stopped)
-        self.end = time.monotonic()
+    def make(self, name: str) -> Result:
+        stages = self.stages
+        chosen = options(self.tcp) | inotify.dump_options(self.target.pid)
+        lost: SmrError | None = None
+        with Store(self.config.store).ingest() as ingest, held(self.target, self.config, self.hooks, stages) as hold:
+            hold.quiesce()
+            hold.take_gpu()
+            hold.freeze()
+            warnings = _capture(self.target, ingest, self.tool, chosen, hold, self.config.log.parent)
+            # While it holds still: afterwards it may open other sockets than those of the image, or end.
+            addresses = _addresses(self.target)
+            if not self.stop:
+                lost = _release(hold)
+            with stages.stage("describe"):
+                facts = self._describe(ingest.path / "criu", addresses, hold)
+            with stages.stage("split"):
+                _add_layers(self.target, ingest, compress=self.compress)
+            with stages.stage("commit"):
+                image = ingest.commit(name, facts)
+            if self.stop:
+                hold.abandon()
+                with stages.stage("stop"):
+                    end_frozen(self.target, hold.thaw)
+        if lost is not None:
+            raise _lost(self.target, image, lost)
+        return Result(image=image, pause_s=hold.pause_s(), stages_s=stages.seconds, warnings=(*warnings, *hold.warnings))
 
-    def pause_s(self) -> float:
-        """How long it was, or has been so far, held."""
-        return round((self.end or time.monotonic()) - self.start, 6)
+    def _describe(self, folder: Path, addresses: tuple[tuple[str, ...], tuple[str, ...]], hold: Hold) -> CheckpointConfig:
+        facts = _describe(self.target, folder, self.tool, self.tcp, addresses)
+        halted = {process.ns_pid for process in hold.stopped}
+        return replace(
+            facts,
+            tasks=tuple(replace(task, stopped=True) if task.pid in halted else task for task in facts.tasks),
+            pause_s=hold.pause_s(),
+            stages_s=dict(self.stages.seconds),
+            gpu=hold.gpu.state if hold.gpu else None,
+            hooks=self.hooks,
+        )
 
 
-@contextlib.contextmanager
-def _frozen(target: Target, stages: _Stages) -> Iterator[_Freezer]:
-    """Freeze the container; whatever happens it is thawed, by the guard when this process is killed."""
-    halted = stopped.in_the_way(target.pid)
-    with Guard(lambda: _let_go(target, halted), until_children_end=True) as guard:
-        freezer = _Freezer(target=target, guard=guard, stages=stages, start=time.monotonic(), stopped=halted)
-        try:
-            with stages.stage("freeze"):
-                if target.status != "paused":
-                    pause = target.runtime_command("pause", target.id)
-                    # The guard waits for it: a resume before its end would leave the container frozen.
-                    run(pause, timeout_s=60, code=Code.CHECKPOINT_FAILED, pass_fds=guard.pass_fds)
-                stopped.send(halted, signal.SIGCONT)
-            yield freezer
-        finally:
-            freezer.thaw()
+def _release(hold: Hold) -> SmrError | None:
+    """Give the container back; what went wrong, when the GPU did: the dump is good all the same."""
+    try:
+        hold.release()
+    except SmrError as error:
+        if error.code in {Code.GPU_FAILED, Code.TIMEOUT} and hold.gpu is not None:
+            return error
+        raise
+    return None
 
 
-def _capture(
-    target: Target, ingest: Ingest, tool: Criu, chosen: Mapping[str, str], freezer: _Freezer, logs: Path
-) -> tuple[str, ...]:
+def _lost(target: Target, image: Image, error: SmrError) -> SmrError:
+    return SmrError(
+        f"container {target.name or target.id} was checkpointed, and then lost its GPU: {error.message}",
+        hint=f"end it, and start it from {image.reference}, which is complete",
+        code=Code.GPU_FAILED,
+        container=target.id,
+        image=image.reference,
+    )
+
+
+def _capture(target: Target, ingest: Ingest, tool: Criu, chosen: Mapping[str, str], hold: Hold, logs: Path) -> tuple[str, ...]:
     """Everything that needs the container to hold still; returns warnings. CRIU's log of a failure is kept in `logs`."""
     folder = ingest.path / "criu"
     folder.mkdir(mode=0o700)
     overlay = overlay_of(target.rootfs)
-    with freezer.stages.stage("dump"):
-        dump(target, folder, ingest.path / "work", chosen, tool, freezer.guard, logs)
-    with freezer.stages.stage("rootfs"):
+    with hold.stages.stage("dump"):
+        dump(target, folder, ingest.path / "work", chosen, tool, hold.guard, logs)
+    with hold.stages.stage("rootfs"):
         _capture_files(target, overlay, ingest.path)
     return () if overlay is not None or target.spec.rootfs_readonly else (_NO_OVERLAY.format(target.rootfs),)
 
@@ -217,28 +208,6 @@ def end_frozen(target: Target, thaw: Callable[[], None]) -> None:
             run(target.runtime_command("kill", target.id, "KILL"), timeout_s=30, check=False)
         thaw()
         stopping.result()
-
-
-def _let_go(target: Target, halted: tuple[Process, ...]) -> None:
-    """The container as it was: stopped processes stopped, and the rest running, unless it was paused."""
-    stopped.send(halted, signal.SIGSTOP)
-    if target.status != "paused":
-        _thaw(target)
-
-
-def _thaw(target: Target) -> None:
-    """Resume; a runtime thaws by itself for SIGKILL (runc) and then knows of no pause, or of no container, any more."""
-    result = run(target.runtime_command("resume", target.id), timeout_s=60, check=False, code=Code.CHECKPOINT_FAILED)
-    if result.returncode == 0:
-        return
-    state = run(target.runtime_command("state", target.id), timeout_s=20, check=False)
-    if state.returncode == 0 and '"paused"' in state.stdout:
-        raise SmrError(
-            f"container {target.name or target.id} cannot be resumed: {result.stderr.strip()}",
-            hint=f"{' '.join(target.runtime_command('resume', target.id))}",
-            code=Code.CHECKPOINT_FAILED,
-            container=target.id,
-        )
 
 
 def _capture_files(target: Target, overlay: OverlayMount | None, folder: Path) -> None:

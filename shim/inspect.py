@@ -39,6 +39,8 @@ class Summary:
             "criu_options": list(record.criu_options),
             "warnings": list(record.warnings),
             "pages": dict(record.pages),
+            "gpus": dict(record.gpus),
+            "resume_hook": record.resume,
             "lazy": lazy_progress(state.work_dir),
             "stages_s": record.stages_s(),
             "stages": [asdict(stage) for stage in record.stages],

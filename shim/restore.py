@@ -7,6 +7,7 @@
     rewrite     CRIU's small images into a private directory, pages as links, addresses of sockets
     create      `runc restore`, leave-stopped
     fill        the pages that are not CRIU's into the stopped tree (smr.shim.pages)
+    gpu         GPU memory back, with the rest of the container still stopped (smr.shim.gpu.revive)
     adopt       hostname and `lo` of the new container
 
 Until `create` returns nothing of the container has run, so every failure can be undone (smr.shim.undo), by this process, or
@@ -23,11 +24,12 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from smr.images.image import Image
 from smr.images.store import Store
 from smr.proto.annotations import CRIU_OPTIONS, Annotations, Check, Tcp
-from smr.proto.checkpoint import MOUNT_ANNOTATION, LayerType
+from smr.proto.checkpoint import MOUNT_ANNOTATION, CheckpointConfig, LayerType
 from smr.proto.errors import Code, SmrError
 from smr.proto.oci import Mount, Spec, parse_spec
 from smr.shim import criu, engines, mountinfo, namespaces, pages, preflight, procs
@@ -38,6 +40,9 @@ from smr.shim.oci_args import RuntimeCall
 from smr.shim.pages import Delivery
 from smr.shim.resume import write_marker
 from smr.shim.state import ContainerState, Status
+
+if TYPE_CHECKING:
+    from smr.shim.gpu.revive import Revival
 
 _RESTORE_FLAGS = ("console-socket", "no-pivot", "pid-file")
 _BASE_TIMEOUT_S = 60.0
@@ -58,17 +63,23 @@ def restore(call: RuntimeCall, spec: Spec, annotations: Annotations, config: Con
             state.record.stopped_pids = tuple(task.pid for task in image.config.tasks if task.stopped)
         with state.stage("preflight"):
             tool = criu.find(config)
+            if annotations.resume or image.config.hooks.quiesce or image.config.hooks.resume:
+                state.record.resume, state.record.resume_timeout_s = resume_hook(image, annotations)
             preflight.compare(image.config, spec, annotations)
             image.check()
             delivery = pages.choose(image, annotations.pages)
         prefetch = start_prefetch(config, image, state)
         stack.callback(stop_prefetch, prefetch)
+        gpu = stack.enter_context(revival(image.config, spec, annotations, config))
         with state.stage("rootfs"):
             apply_rootfs(state, image)
             fill_tmpfs(state, image, spec, annotations)
         with state.stage("rewrite"):
             stack.enter_context(criu_folder(state))
             rewrite(state, image, spec, annotations, delivery)
+        if gpu is not None:
+            with state.stage("gpu_check"):
+                gpu.check()
         with state.stage("create"):
             run_restore(call, image, annotations, delivery, tool, state)
             state.record.pid = _pid(call, state)
@@ -76,14 +87,62 @@ def restore(call: RuntimeCall, spec: Spec, annotations: Annotations, config: Con
         state.save()
         with state.stage("fill"):
             state.record.pages = pages.fill_tree(delivery, image, state.record.pid, config)
-        with state.stage("adopt"):
-            namespaces.adopt(state.record.pid, spec)
         with state.stage("source"):
             if annotations.rootfs is Check.CHECK:
                 _check_source(image, source)
+        if gpu is not None:
+            with state.stage("gpu"):
+                state.record.gpus = dict(gpu.run(state.record.pid))
+        with state.stage("adopt"):
+            namespaces.adopt(state.record.pid, spec)
+            tell(state, image, spec)
         state.record.status = Status.CREATED
         write_marker(state)
         state.save()
+
+
+@contextlib.contextmanager
+def revival(image: CheckpointConfig, spec: Spec, annotations: Annotations, config: Config) -> Iterator[Revival | None]:
+    """What brings the GPU back; None, and nothing imported, for an image without one."""
+    if image.gpu is None:
+        yield None
+        return
+    from smr.shim.gpu import revive
+
+    with revive.begin(image, spec, annotations, config) as found:
+        yield found
+
+
+def tell(state: ContainerState, image: Image, spec: Spec) -> None:
+    """/run/smr/restored.json in the container; a root that cannot be written is a warning."""
+    from smr.shim import network, restored
+
+    own = "network" in spec.namespaces
+    facts = restored.Restored(
+        image=image.name,
+        digest=image.digest,
+        created=image.config.created,
+        container=state.record.id,
+        hostname=spec.hostname,
+        addresses=network.addresses(state.record.pid) if own else (),
+        old_addresses=image.config.addresses,
+        gpus=state.record.gpus,
+        environment=restored.environment_of(spec.document),
+    )
+    state.record.undo_told = True
+    state.save()
+    warning = restored.write_restored(state.record.pid, facts)
+    if warning:
+        state.record.warnings.append(warning)
+
+
+def resume_hook(image: Image, annotations: Annotations) -> tuple[str, float]:
+    """The hook that runs after `start`, and its timeout: the annotation's, else the checkpoint's own."""
+    from smr.shim.quiesce import parse_hooks
+
+    hooks = image.config.hooks
+    _, resume = parse_hooks(hooks.quiesce, annotations.resume or hooks.resume)
+    return resume.text if resume.steps else "", annotations.hook_timeout_s or hooks.timeout_s
 
 
 def start_prefetch(config: Config, image: Image, state: ContainerState) -> subprocess.Popen[bytes] | None:

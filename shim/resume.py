@@ -1,4 +1,7 @@
-"""`start` of a restored container: every task that ran at the checkpoint runs on, tasks that were stopped stay stopped."""
+"""`start` of a restored container: every task that ran at the checkpoint runs on, tasks that were stopped stay stopped.
+
+Then, with the engine waiting no longer: the container's resume hook, the record, the log.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +70,30 @@ def finish(path: Path, config: Config, woken: tuple[float, float]) -> None:
         began, ended = (moment - state.record.started_boottime for moment in woken)
         state.record.stages.append(Stage(name="start", start_s=round(began, 6), end_s=round(ended, 6)))
         _started(state)
+    run_hook(state)
     _report(state, config)
+
+
+def run_hook(state: ContainerState) -> None:
+    """The resume hook, in a container that runs. Its failure cannot be undone any more: it is told in the record and the log."""
+    record = state.record
+    if not record.resume:
+        return
+    from smr.shim.quiesce import Place, parse_hook
+    from smr.shim.quiesce import run_hook as run
+
+    root = ("--root", record.root) if record.root else ()
+    warning = ""
+    with state.stage("resume"):
+        try:
+            place = Place(pid=record.pid, container=record.id, runtime=(record.runtime, *root))
+            run(parse_hook(record.resume, "resume"), place, record.resume_timeout_s)
+        except SmrError as error:
+            warning = f"the container runs, its resume hook failed: {error}"
+    with state.locked():
+        if warning:
+            record.warnings.append(warning)
+        state.save()
 
 
 def main(argv: list[str]) -> None:
@@ -85,6 +111,7 @@ def report(state: ContainerState, config: Config) -> None:
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):
             os.dup2(null, fd)
+        run_hook(state)
         _report(state, config)
     finally:
         os._exit(0)
@@ -100,6 +127,8 @@ def _report(state: ContainerState, config: Config) -> None:
         digest=record.digest,
         pid=record.pid,
         pages=dict(record.pages),
+        gpus=dict(record.gpus),
+        warnings=list(record.warnings),
         stages_s=record.stages_s(),
         total_s=round(time.monotonic() - record.started_monotonic, 6),
     )

@@ -90,12 +90,16 @@ class Record:
     warnings: list[str] = field(default_factory=list)
     annotations: Mapping[str, str] = field(default_factory=dict)
     pages: Mapping[str, str | int] = field(default_factory=dict)
+    gpus: Mapping[str, str] = field(default_factory=dict)
+    resume: str = ""
+    resume_timeout_s: float = 0.0
     criu_options: tuple[str, ...] = ()
     mounts_before: tuple[str, ...] = ()
     stopped_pids: tuple[int, ...] = ()
     undo_rootfs: bool = False
     undo_tmpfs: tuple[str, ...] = ()
     undo_spec: bool = False
+    undo_told: bool = False
 
     def stages_s(self) -> dict[str, float]:
         """Length of each stage."""

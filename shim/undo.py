@@ -34,6 +34,7 @@ def undo(state: ContainerState) -> list[str]:
         ("mounts", _unmount),
         ("runtime state", _runtime_delete),
         ("cgroups", _remove_cgroups),
+        ("restored.json", _remove_told),
         ("root filesystem", _undo_rootfs),
         ("shared memory", _undo_tmpfs),
         ("spec", _undo_spec),
@@ -129,6 +130,13 @@ def _remove_criu_roots(state: ContainerState) -> None:
 
 def _remove_cgroups(state: ContainerState) -> None:
     cgroups.remove(cgroups.path_of(state.record.cgroups_path, state.record.id))
+
+
+def _remove_told(state: ContainerState) -> None:
+    if state.record.undo_told:
+        from smr.shim.restored import remove_restored
+
+        remove_restored(Path(state.record.rootfs))
 
 
 def _undo_rootfs(state: ContainerState) -> None:

@@ -23,21 +23,38 @@ from smr.shim.cli.output import json_option, print_json, progress, size
 @click.option(
     "--compress", is_flag=True, help="Store memory compressed where that pays: less to read from a slow disk or to send."
 )
+@click.option("--quiesce", default="", metavar="HOOK", help="What the container does before it is paused (smr.quiesce).")
+@click.option("--resume", default="", metavar="HOOK", help="What undoes that, now and after each restore (smr.resume).")
+@click.option("--hook-timeout", default=0.0, metavar="SECONDS", help="For each step of the hooks; 30 by default.")
 @json_option
 def checkpoint(
-    container: str, name: str, engine: str, root: str, leave_running: bool, tcp: str, compress: bool, as_json: bool
+    container: str,
+    name: str,
+    engine: str,
+    root: str,
+    leave_running: bool,
+    tcp: str,
+    compress: bool,
+    quiesce: str,
+    resume: str,
+    hook_timeout: float,
+    as_json: bool,
 ) -> None:
     """Make an image of a running CONTAINER (name or id of podman, containerd or the runtime)."""
     from smr.proto.annotations import Tcp
     from smr.shim import checkpoint as work
     from smr.shim.config import load
     from smr.shim.engines import locate
+    from smr.shim.hold import hooks_of
     from smr.shim.real_runtime import real_runtime
 
     config = load()
     target = locate.find(container, engine=engine, runtime=real_runtime(config), root=root)
+    hooks = hooks_of(target, quiesce, resume, hook_timeout)
     with progress(f"checkpoint {container}") as step:
-        result = work.checkpoint(target, name, config, tcp=Tcp(tcp), stop=not leave_running, compress=compress, progress=step)
+        result = work.checkpoint(
+            target, name, config, tcp=Tcp(tcp), stop=not leave_running, compress=compress, hooks=hooks, progress=step
+        )
     image = result.image
     if as_json:
         print_json(
