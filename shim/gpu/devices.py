@@ -4,6 +4,8 @@ Device nodes are what counts: a container sees the GPUs whose /dev/nvidiaN it ha
 containerd, podman or nvidia-container-runtime; --device; a privileged container's list of all). Only with the old
 nvidia-container-runtime-hook the spec has none; then NVIDIA_VISIBLE_DEVICES says which ones the hook brings. Processes see them
 in the order of the PCI bus, which is the inventory's; CUDA_VISIBLE_DEVICES in the spec chooses among them and orders them.
+
+`device_nodes` makes a restored container's nodes those of its spec, `device_mounts` knows the driver's mounts; both are here too.
 """
 
 from __future__ import annotations
@@ -15,8 +17,22 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from smr.proto.errors import Code, SmrError
-from smr.proto.oci import Json, Spec, as_list, as_object
+from smr.proto.oci import Spec, as_list, as_object
+from smr.shim.gpu.device_mounts import dump_externals, is_device_mount, nvidia_mounts, restore_externals
+from smr.shim.gpu.device_nodes import Changes, entries_of, fix_devices
 from smr.shim.gpu.inventory import Inventory, NodeGpu
+
+__all__ = [
+    "Changes",
+    "dump_externals",
+    "fix_devices",
+    "gpus_of",
+    "has_gpus",
+    "is_device_mount",
+    "is_legacy",
+    "nvidia_mounts",
+    "restore_externals",
+]
 
 VISIBLE = "NVIDIA_VISIBLE_DEVICES"
 CUDA_VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -26,44 +42,6 @@ _HOOKS = frozenset({"nvidia-container-runtime-hook", "nvidia-container-toolkit"}
 _DEVICE_LIST = "/var/run/nvidia-container-devices/"
 _GPU_NODE = re.compile(r"/dev/nvidia(\d+)")
 _NONE = frozenset({"", "void", "none"})
-
-_LIBRARY = re.compile(
-    r"(?:lib(?:cuda|cudadebugger|nvcuvid|nvoptix|nvidia-[\w-]+|(?:GLX|EGL|GLESv1_CM|GLESv2|vdpau)_nvidia|glxserver_nvidia)"
-    r"|nvidia_drv|nvidia-drm_gbm)\.so(?:\.[\w.]+)?"
-)
-_PROGRAMS = frozenset(
-    {
-        "nvidia-smi",
-        "nvidia-debugdump",
-        "nvidia-persistenced",
-        "nvidia-cuda-mps-control",
-        "nvidia-cuda-mps-server",
-        "nvidia-imex",
-        "nvidia-imex-ctl",
-        "nvidia-modprobe",
-    }
-)
-_PLACES = re.compile(
-    r"/dev/nvidia[\w-]*(?:/.*)?"
-    r"|/proc/driver/nvidia(?:/.*)?"
-    r"|(?:/usr)?/lib/firmware/nvidia/.*"
-    r"|(?:/var)?/run/nvidia-(?:persistenced|fabricmanager|ctk-hook|container-devices)[\w-]*(?:/.*)?"
-    r"|/tmp/nvidia-mps(?:/.*)?"
-    r"|/etc/nvidia/nvidia-application-profiles-rc\.d(?:/.*)?"
-    r"|/usr/share/nvidia/.*"
-    r"|(?:/usr/share|/etc)/(?:glvnd|vulkan|egl|OpenCL|X11)/.*nvidia[^/]*"
-)
-
-
-def is_device_mount(destination: str) -> bool:
-    """Whether a mount at this path in a container is NVIDIA's: a device, or what the driver's installation puts there.
-
-    Such mounts belong to a node and its driver, not to the user: two nodes may have different ones for the same container.
-    """
-    name = PurePosixPath(destination).name
-    return bool(_PLACES.fullmatch(destination) or _LIBRARY.fullmatch(name)) or (
-        name in _PROGRAMS and PurePosixPath(destination).parent.name in {"bin", "sbin"}
-    )
 
 
 def is_legacy(spec: Spec) -> bool:
@@ -93,12 +71,6 @@ def gpus_of(spec: Spec, inventory: Inventory, used: Collection[str] = ()) -> tup
     return (*seen, *(one for one in there if one.gpu.uuid in used and one not in seen))
 
 
-def device_nodes(spec: Spec) -> list[Json]:
-    """The entries of linux.devices."""
-    linux = as_object(spec.document.get("linux"), "linux")
-    return [as_object(entry, "linux.devices[]") for entry in as_list(linux.get("devices"), "linux.devices")]
-
-
 def environment_of(spec: Spec, name: str) -> str | None:
     """A variable of the container's process; the last one counts."""
     process = as_object(spec.document.get("process"), "process")
@@ -125,7 +97,7 @@ def _sees_host_dev(spec: Spec) -> bool:
 
 def _minors(spec: Spec) -> list[int]:
     """Minor numbers of the container's /dev/nvidiaN, each once, in the spec's order."""
-    found = [_minor(str(node.get("path", "")), node.get("minor")) for node in device_nodes(spec)]
+    found = [_minor(str(node.get("path", "")), node.get("minor")) for node in entries_of(spec)]
     found += [_minor(mount.destination, _minor_of_file(mount.source)) for mount in spec.mounts if mount.is_bind]
     return list(dict.fromkeys(minor for minor in found if minor is not None))
 

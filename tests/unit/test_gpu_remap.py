@@ -36,7 +36,7 @@ def failure(old: list[Gpu], new: list[Gpu], gpu_map: str) -> SmrError:
         ((A, B), (B, A), "identity", ((A, A), (B, B))),
         ((A, B), (C, D), "1=0,0=1", ((A, D), (B, C))),
         ((A, B), (C, D), f" {B} = {C} , {A}={D}", ((A, D), (B, C))),
-        ((A, B), (C, D), "gpu-aaaa=dddd,GPU-BB=1", ((A, D), (B, C))),
+        ((A, B), (C, D), "gpu-aaaa=dddd,GPU-BB=0", ((A, D), (B, C))),
         ((), (C,), "auto", ()),
     ],
 )
