@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
+import select
 import signal
 import subprocess
 import tempfile
@@ -21,6 +23,9 @@ from smr.shim import procs
 from smr.shim.run import environment, tail
 
 _OUTPUT_BYTES = 64 << 10
+# What a program that has ended wrote is in the pipe already.
+_OUTPUT_S = 0.2
+_SIGTIMEDWAIT = {"x86_64": 128, "aarch64": 137}  # rt_sigtimedwait, which sigwait is made of
 # Their default is to do nothing, so a process without a handler is not ended by them.
 _HARMLESS = (signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH)
 
@@ -44,7 +49,7 @@ def execute(runtime: Sequence[str], container: str, argv: Sequence[str], timeout
         except subprocess.TimeoutExpired as error:
             raise SmrError(
                 f"'{command}' did not end within {timeout_s:g} s and was killed: {output.text()}",
-                hint="give it longer: smr.hook.timeout=SECONDS",
+                hint="give it longer, smr.hook.timeout=SECONDS; what it leaves running must not keep its output open",
                 code=Code.HOOK_FAILED,
             ) from error
         finally:
@@ -61,26 +66,30 @@ def execute(runtime: Sequence[str], container: str, argv: Sequence[str], timeout
 
 
 class _Output:
-    """The end of what a program writes. A child that it leaves behind may keep the pipe: nobody waits for that."""
+    """The end of what a program writes. Something that it leaves behind may keep the pipe open: nobody waits for that."""
 
     def __init__(self, pipe: IO[bytes]) -> None:
         self._pipe, self._kept = pipe, b""
+        self._end, self._ender = os.pipe()
         self._thread = threading.Thread(target=self._read, name="smr-hook-output", daemon=True)
         self._thread.start()
 
     def _read(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            while data := os.read(self._pipe.fileno(), _OUTPUT_BYTES):
-                self._kept = (self._kept + data)[-_OUTPUT_BYTES:]
+        while self._end not in (ready := select.select([self._pipe, self._end], [], [])[0]) or self._pipe in ready:
+            data = os.read(self._pipe.fileno(), _OUTPUT_BYTES)
+            if not data:
+                return
+            self._kept = (self._kept + data)[-_OUTPUT_BYTES:]
 
     def text(self) -> str:
-        self._thread.join(0.2)
+        self._thread.join(_OUTPUT_S)
         return tail(self._kept.decode("utf-8", "replace")) or "no output"
 
     def close(self) -> None:
-        self._thread.join(0.2)
-        if not self._thread.is_alive():
-            self._pipe.close()
+        os.close(self._ender)
+        self._thread.join()
+        os.close(self._end)
+        self._pipe.close()
 
 
 def _kill(process: subprocess.Popen[bytes], pid_file: Path) -> None:
@@ -157,13 +166,32 @@ def _open(pid: int, stack: contextlib.ExitStack) -> int:
 
 
 def _expected(pid: int, number: int) -> bool:
-    """Whether a process catches a signal, ignores it, or has it blocked, as a waiter in sigwait or a signalfd has."""
+    """Whether a process catches or ignores a signal, or all its threads hold it back for sigwait or a signalfd."""
+    masks = _masks(Path(f"/proc/{pid}"))
+    if masks is None or any(masks[name] >> (number - 1) & 1 for name in ("SigCgt", "SigIgn")):
+        return True
+    return all(_held_back(thread, number) for thread in Path(f"/proc/{pid}/task").iterdir())
+
+
+def _held_back(thread: Path, number: int) -> bool:
+    masks = _masks(thread)
+    if masks is None or masks["SigBlk"] >> (number - 1) & 1:
+        return True
     try:
-        lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
+        # While a thread is in sigwait, the kernel shows what it waits for as not blocked.
+        return (thread / "syscall").read_text().startswith(f"{_SIGTIMEDWAIT.get(platform.machine(), -2)} ")
     except OSError:
-        return True  # it has ended: there is nothing to harm
-    masks = [int(line.split()[1], 16) for line in lines if line.startswith(("SigCgt:", "SigIgn:", "SigBlk:"))]
-    return any(mask >> (number - 1) & 1 for mask in masks)
+        return True
+
+
+def _masks(folder: Path) -> dict[str, int] | None:
+    """The signal masks in a status file; None when that process or thread has ended: there is nothing to harm."""
+    try:
+        lines = (folder / "status").read_text(errors="replace").splitlines()
+    except OSError:
+        return None
+    pairs = (line.split(":", 1) for line in lines if line.startswith("Sig"))
+    return {name: int(value, 16) for name, value in pairs if "/" not in value}
 
 
 def _comm(pid: int) -> str:

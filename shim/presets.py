@@ -101,9 +101,20 @@ def _document(answer: Answer) -> Mapping[str, object]:
 
 
 def _until(client: Client, true: Callable[[], bool], what: str, hint: str) -> None:
-    while not true():
+    """Ask again and again, until the hook's time is up."""
+    asked = False
+    while True:
+        try:
+            if true():
+                return
+        except SmrError:
+            # Time may run out in the middle of a question; that the server is silent is true of the first one alone.
+            if asked and client.expired():
+                _fail(what, hint)
+            raise
         if client.expired():
             _fail(what, hint)
+        asked = True
         time.sleep(_POLL_S)
 
 

@@ -26,7 +26,7 @@ from smr.shim.inside import open_in_root, root_of
 VERSION = 1
 FOLDER, FILE = "/run/smr", "restored.json"
 _TEMPORARY = ".restored.json.tmp"
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY  # links: open_in_root
 
 
 def _now() -> str:
