@@ -82,12 +82,12 @@ def find(target: Target, config: Config) -> Iterator[Capture | None]:
             container=target.id,
         )
     with open_session(config) as session:
-        held = processes.find(target.pid)
         from smr.shim.gpu import obstacles
 
-        obstacles.check(held)
+        found = processes.find(target.pid)
         facts = session.ready()
-        found = processes.settle(held, session.states(held.tree))
+        found = processes.settle(found, session.states(found.tree))
+        obstacles.check(found, driver=facts.driver)
         yield Capture(session=session, found=found, state=_state(target, found, facts.cuda))
 
 

@@ -52,9 +52,9 @@ class Revival:
 
     def run(self, root_pid: int) -> Mapping[str, str]:
         """Give the stopped tree its GPUs; returns which took the place of which. Raises GPU_FAILED, GPU_MEMORY or TIMEOUT."""
-        from smr.shim.gpu import devices
+        from smr.shim.gpu import device_nodes
 
-        devices.fix_devices(root_pid, parse_spec(self._image.spec), self._spec)
+        device_nodes.fix_devices(root_pid, parse_spec(self._image.spec), self._spec)
         pids = self._pids(root_pid)
         timeout_s = call_timeout_s(self._state)
         pairs = [GpuPair(old=old, new=new) for old, new in remap.needed(self._pairs)]
