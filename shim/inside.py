@@ -26,6 +26,8 @@ _OPENAT2 = 437
 _RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS, _RESOLVE_IN_ROOT = 0x02, 0x04, 0x10
 _BODY_BYTES = 8 << 20
 _RETRY_S = 0.05
+# Nobody listens, or the network's interfaces or the socket are not there, yet.
+_NOT_YET = (errno.ECONNREFUSED, errno.ENETUNREACH, errno.EADDRNOTAVAIL, errno.ENOENT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +103,7 @@ def request(
 ) -> Answer:
     """One HTTP request from inside the container of `pid`; `deadline` in time.monotonic().
 
-    Raises ConnectionRefusedError or FileNotFoundError when nobody listens (with `retry_refused` not before the deadline),
+    Raises OSError when there is no connection (ECONNREFUSED, ENOENT...; with `retry_refused` not before the deadline),
     SilentError when there is no whole answer in time, OSError for the rest. No proxy is asked, no redirect followed.
     """
     peer = _connect(pid, endpoint, deadline, retry_refused=retry_refused)
@@ -121,19 +123,21 @@ def request(
 
 
 def _talk(peer: socket.socket, host: str, method: str, path: str, body: bytes | None, *, json: bool) -> Answer:
-    connection = http.client.HTTPConnection("localhost")
-    connection.sock = peer
     headers = {"Host": host, "Connection": "close", "User-Agent": "smr"}
     if body is not None:
         headers["Content-Type"] = "application/json" if json else "text/plain; charset=utf-8"
     elif method not in ("GET", "HEAD"):
         headers["Content-Length"] = "0"
-    connection.request(method, path, body=body, headers=headers)
-    response = connection.getresponse()
-    content = response.read(_BODY_BYTES)
-    if response.length and len(content) < _BODY_BYTES:  # read(n) says nothing of a body that is cut off
-        raise http.client.IncompleteRead(content, response.length)
-    return Answer(status=response.status, body=content)
+    connection = http.client.HTTPConnection("localhost")
+    connection.auto_open = 0  # never a connection of its own: that would be to our localhost
+    connection.sock = peer
+    with contextlib.closing(connection):
+        connection.request(method, path, body=body, headers=headers)
+        with connection.getresponse() as response:
+            content = response.read(_BODY_BYTES)
+            if response.length and len(content) < _BODY_BYTES:  # read(n) says nothing of a body that is cut off
+                raise http.client.IncompleteRead(content, response.length)
+            return Answer(status=response.status, body=content)
 
 
 def _hang_up(peer: socket.socket) -> None:
@@ -145,8 +149,8 @@ def _connect(pid: int, endpoint: Endpoint, deadline: float, *, retry_refused: bo
     while True:
         try:
             return _connect_once(pid, endpoint, deadline)
-        except (ConnectionRefusedError, FileNotFoundError):
-            if not retry_refused or time.monotonic() + _RETRY_S >= deadline:
+        except OSError as error:
+            if not retry_refused or error.errno not in _NOT_YET or time.monotonic() + _RETRY_S >= deadline:
                 raise
             time.sleep(_RETRY_S)
 

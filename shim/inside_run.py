@@ -75,8 +75,12 @@ class _Output:
         self._thread.start()
 
     def _read(self) -> None:
-        while self._end not in (ready := select.select([self._pipe, self._end], [], [])[0]) or self._pipe in ready:
-            data = os.read(self._pipe.fileno(), _OUTPUT_BYTES)
+        pipe = self._pipe.fileno()
+        while True:
+            ready = select.select([pipe, self._end], [], [])[0]
+            if pipe not in ready:
+                return  # nothing more is here, and close() waits
+            data = os.read(pipe, _OUTPUT_BYTES)
             if not data:
                 return
             self._kept = (self._kept + data)[-_OUTPUT_BYTES:]

@@ -19,9 +19,11 @@ is a line "METHOD PATH BODY" of --log. Standard library only, so that it runs in
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import socket
+import struct
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -260,6 +262,12 @@ class Server(ThreadingHTTPServer):
         self.socket.bind(self.server_address)
 
 
+def _loopback_up() -> None:
+    """SIOCSIFFLAGS: `lo` is down in a new network namespace."""
+    with socket.socket() as control:
+        fcntl.ioctl(control, 0x8914, struct.pack("16sh14x", b"lo", 0x1))
+
+
 def main() -> None:
     """Serve for ever."""
     parser = argparse.ArgumentParser()
@@ -267,6 +275,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--bind", default="127.0.0.1")
     parser.add_argument("--unix", default="")
+    parser.add_argument("--lo", action="store_true", help="set lo up first")
     parser.add_argument("--log", default=os.devnull)
     parser.add_argument("--version", default="0.33.0")
     parser.add_argument("--no-dev", dest="dev", action="store_false")
@@ -278,6 +287,8 @@ def main() -> None:
     for name in ("--fail", "--hang", "--drip", "--redirect", "--key"):
         parser.add_argument(name, default="")
     options = parser.parse_args()
+    if options.lo:
+        _loopback_up()
     Handler.engine = (Vllm if options.engine == "vllm" else Sglang)(options)
     with Server(options) as server:
         server.serve_forever()

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from smr.proto.errors import Code, SmrError
-from smr.shim import inside, network, procs
+from smr.shim import inside, procs
 from smr.shim.inside import Endpoint
 from smr.shim.quiesce import HookError, Place, parse_hook, parse_hooks, run_hook
 from smr.shim.restored import Restored, write_restored
@@ -35,17 +35,20 @@ class Served:
     def __init__(self, folder: Path, *words: str, port: int = 8000) -> None:
         self.log = folder / f"log-{port}"
         self.port = port
-        argv = ["unshare", "--net", sys.executable, _SERVER, *words, "--port", str(port), "--log", self.log]
+        argv = ["unshare", "--net", sys.executable, _SERVER, *words, "--lo", "--port", str(port), "--log", self.log]
         self.process = subprocess.Popen([str(word) for word in argv], stdin=subprocess.DEVNULL)
         self.place = Place(pid=self.process.pid, container="test")
         self.results: list[dict[str, object]] = []
         self.threads: list[threading.Thread] = []
 
-    def ready(self) -> Served:
-        """Wait for the namespace and then for the server."""
+    def begun(self) -> Served:
+        """Wait for the namespace: before, a request would go to a server of this machine."""
         namespace = Path(f"/proc/{self.process.pid}/ns/net")
         eventually(lambda: not os.path.samefile(namespace, "/proc/self/ns/net"))
-        network.loopback_up(namespace)
+        return self
+
+    def ready(self) -> Served:
+        """Wait for the server too."""
         eventually(lambda: self.ask("GET", "/version"))
         return self
 
@@ -100,6 +103,7 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
     def start(*words: str, port: int = 8000, wait: bool = True) -> Served:
         served = Served(tmp_path, *words, port=port)
         begun.append(served)
+        served.begun()
         return served.ready() if wait else served
 
     yield start
@@ -363,9 +367,6 @@ def test_a_plain_call_reaches_the_namespace_and_no_other(serve: Serve) -> None:
 def test_ipv6_and_unix_sockets(serve: Serve, tmp_path: Path) -> None:
     """An address, the loopback that answers, or a socket below the root of the container."""
     six = serve("vllm", "--bind", "::1", port=8001, wait=False)
-    namespace = Path(f"/proc/{six.place.pid}/ns/net")
-    eventually(lambda: not os.path.samefile(namespace, "/proc/self/ns/net"))
-    network.loopback_up(namespace)
     run_hook(parse_hook("GET http://[::1]:8001/version ; GET http://:8001/version", "resume"), six.place, 10)
     path = tmp_path / "a.sock"
     unix = serve("vllm", "--unix", str(path), port=8002, wait=False)
@@ -401,9 +402,6 @@ def test_nobody_listens(serve: Serve) -> None:
 def test_a_resume_waits_for_a_server_that_begins_to_listen(serve: Serve) -> None:
     """Refused connections are tried again until the time is up; only then is it an error."""
     served = serve("vllm", wait=False)  # it needs a moment to begin
-    namespace = Path(f"/proc/{served.place.pid}/ns/net")
-    eventually(lambda: not os.path.samefile(namespace, "/proc/self/ns/net"))
-    network.loopback_up(namespace)
     run_hook(parse_hook("vllm", "resume"), served.place, 30)
     with pytest.raises(HookError, match="Connection refused"):
         run_hook(parse_hook("timeout=0.3 http://:8009/x", "resume"), served.place)
