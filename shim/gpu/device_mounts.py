@@ -7,22 +7,27 @@ Mounts of the spec (CDI's libraries) are the runtime's to name to CRIU. What a h
     nvidia-container-runtime-hook (the old way)        libraries, programs, sockets and device nodes of the host, bind-mounted:
                                                        CRIU carries none, so they are external under their own path as key
 
+The old hook's mounts are slaves of the host's, which CRIU cannot restore from a file (MOVE_MOUNT_SET_GROUP wants a mount as its
+source); they are made private before a dump, which nobody can tell: below a file nothing is ever mounted.
+
 An external mount comes back from what this node has in its place. runc's own externals win over those of CRIU's
 configuration file (CRIU looks the last one up first, and reads the request after the file), so naming one twice does no harm.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from smr.proto.checkpoint import CheckpointConfig
 from smr.proto.errors import Code, SmrError
 from smr.proto.oci import Spec, parse_spec
-from smr.shim.gpu.device_nodes import nodes_of
+from smr.shim.gpu.device_nodes import mounts_of, nodes_of
 from smr.shim.mountinfo import unescape
 
 # A configuration file of CRIU's has no way to write these.
@@ -41,6 +46,7 @@ _HOST_LIBRARIES = (
 _HOST_PROGRAMS = ("/usr/bin", "/usr/sbin", "/run/nvidia/driver/usr/bin")
 _PROC_GPUS = "/proc/driver/nvidia/gpus/"
 _NOTHING = "/dev/null"
+_CLONE_FS, _CLONE_NEWNS, _MS_PRIVATE = 0x200, 0x20000, 1 << 18
 # File systems that CRIU makes anew, with their contents or from the kernel's, when their root is mounted in the container.
 _CARRIED = frozenset({"tmpfs", "proc", "sysfs", "devpts", "mqueue", "cgroup", "cgroup2", "overlay", "binfmt_misc", "fusectl"})
 
@@ -91,6 +97,7 @@ class HookMount:
     root: str
     device: str
     type: str
+    private: bool
     external: bool
 
 
@@ -100,9 +107,9 @@ def nvidia_mounts(pid: int, spec: Spec, mountinfo: str | None = None) -> list[Ho
     root = Path(f"/proc/{pid}/root")
     named = {_resolved(root, mount.destination) for mount in spec.mounts} | nodes_of(spec).keys()
     return [
-        HookMount(**fields, external=not _carried(fields, mounts))
-        for fields in mounts
-        if is_device_mount(fields["destination"]) and fields["destination"] not in named
+        replace(mount, external=not _carried(mount, mounts))
+        for mount in mounts
+        if is_device_mount(mount.destination) and mount.destination not in named
     ]
 
 
@@ -112,7 +119,11 @@ def hook_destinations(pid: int, spec: Spec) -> tuple[str, ...]:
 
 
 def dump_externals(pid: int, spec: Spec) -> dict[str, str]:
-    """CRIU's options for a dump (`criu.write_options`): {} where hooks have left nothing that CRIU cannot carry."""
+    """CRIU's options for a dump (`criu.write_options`): {} where hooks have left nothing that CRIU cannot carry.
+
+    Makes those mounts private in the running container. Raises CHECKPOINT_FAILED when it cannot.
+    """
+    _make_private(pid, [one.destination for one in nvidia_mounts(pid, spec) if one.external and not one.private])
     return _option({destination: destination for destination in hook_destinations(pid, spec)})
 
 
@@ -125,6 +136,26 @@ def restore_externals(config: CheckpointConfig, spec: Spec) -> dict[str, str]:
     given = {mount.destination for mount in spec.mounts if mount.is_bind} | nodes_of(spec).keys()
     wanted = [path for path in (*config.external_mounts, *nodes_of(old)) if path not in given]
     return _option({path: _source(path, spec) for path in wanted if is_device_mount(path) or path in nodes_of(old)})
+
+
+def check_restored(pid: int, config: CheckpointConfig) -> None:
+    """Raise RESTORE_FAILED when a mount of the driver's did not stay in the restored container.
+
+    runc 1.1 runs the old hook's mounts again while CRIU works, in a mount namespace from which their end propagates.
+    """
+    there = mounts_of(pid)
+    gone = [
+        path
+        for path in config.external_mounts
+        if is_device_mount(path) and path not in there and _resolved(Path(f"/proc/{pid}/root"), path) not in there
+    ]
+    if gone:
+        raise SmrError(
+            f"mount {gone[0]} of the NVIDIA driver is missing in the restored container",
+            hint="use CDI in place of the old hook (nvidia-container-runtime.mode=cdi), or runc 1.2 or newer",
+            code=Code.RESTORE_FAILED,
+            mount=gone[0],
+        )
 
 
 def _option(mapping: Mapping[str, str]) -> dict[str, str]:
@@ -169,27 +200,65 @@ def _places(destination: str, spec: Spec) -> Iterable[str]:
         yield from (f"{folder}/{name}" for folder in _HOST_PROGRAMS)
 
 
-def _mounts(text: str) -> list[dict[str, str]]:
+def _mounts(text: str) -> list[HookMount]:
+    """Every mount of a mountinfo, `external` still open."""
     found = []
     for line in text.split("\n"):
         before, _, after = line.partition(" - ")
         words = before.split(" ")
         if after:
             found.append(
-                {"destination": unescape(words[4]), "root": unescape(words[3]), "device": words[2], "type": after.split(" ")[0]}
+                HookMount(
+                    destination=unescape(words[4]),
+                    root=unescape(words[3]),
+                    device=words[2],
+                    type=after.split(" ")[0],
+                    private=not any(word.startswith(("shared:", "master:")) for word in words[6:]),
+                    external=False,
+                )
             )
     return found
 
 
-def _carried(mount: Mapping[str, str], mounts: Iterable[Mapping[str, str]]) -> bool:
+def _carried(mount: HookMount, mounts: Iterable[HookMount]) -> bool:
     """Whether the file system's own root, or the container's root that it lies in, is mounted in the container too."""
-    if mount["type"] not in _CARRIED:
-        return any(other["destination"] == "/" and _same_file_system(mount, other) for other in mounts)
-    return any(other["root"] == "/" and _same_file_system(mount, other) for other in mounts)
+    return any(
+        (other.root == "/" if mount.type in _CARRIED else other.destination == "/") and _same_file_system(mount, other)
+        for other in mounts
+    )
 
 
-def _same_file_system(mount: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    return other["device"] == mount["device"] and f"{mount['root']}/".startswith(f"{other['root'].rstrip('/')}/")
+def _same_file_system(mount: HookMount, other: HookMount) -> bool:
+    return other.device == mount.device and f"{mount.root}/".startswith(f"{other.root.rstrip('/')}/")
+
+
+def _make_private(pid: int, destinations: Sequence[str]) -> None:
+    """In the mount namespace of `pid`, by a thread that has a root of its own and ends there."""
+    failure: list[str] = []
+
+    def work() -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        fd = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if libc.unshare(_CLONE_FS) != 0 or libc.setns(fd, _CLONE_NEWNS) != 0:
+                failure.append(os.strerror(ctypes.get_errno()))
+                return
+            for path in destinations:
+                if libc.mount(None, os.fsencode(path), None, _MS_PRIVATE, None) != 0:
+                    failure.append(f"{path}: {os.strerror(ctypes.get_errno())}")
+        finally:
+            os.close(fd)
+
+    if destinations:
+        thread = threading.Thread(target=work, name="smr-mounts")
+        thread.start()
+        thread.join()
+    if failure:
+        raise SmrError(
+            f"a mount of the NVIDIA runtime's hook cannot be made private: {failure[0]}",
+            hint="use CDI in place of the old hook: nvidia-ctk config --in-place --set nvidia-container-runtime.mode=cdi",
+            code=Code.CHECKPOINT_FAILED,
+        )
 
 
 def _resolved(root: Path, destination: str, depth: int = 0) -> str:
