@@ -8,6 +8,7 @@ log = "/var/log/smr/smr.log"
 cache_share = 0.5             # of the memory that is available, what prefetch and each pin may take
 fills = 2                     # restores that fill memory at a time; the others wait for their turn
 fill_wait_s = 60.0            # how long a restore waits for its turn, and for memory
+gpu_timeout_s = 0.0           # for each call of the NVIDIA driver; 0: 30 for locks, else 60 and more by the memory in use
 
 The state directory (`run`, default /run/smr, must not survive a boot) is set by SMR_RUN alone: the sh part of smr-runtime
 looks there before anything reads TOML.
@@ -52,6 +53,7 @@ _NUMBERS = {
     "cache_share": _Number(least=0, most=1),
     "fills": _Number(least=1, most=1000, whole=True),
     "fill_wait_s": _Number(least=0, most=86400),
+    "gpu_timeout_s": _Number(least=0, most=86400),
 }
 
 
@@ -67,6 +69,7 @@ class Config:
     cache_share: float = 0.5
     fills: int = 2
     fill_wait_s: float = 60.0
+    gpu_timeout_s: float = 0.0
 
 
 def load(path: Path | None = None, environ: Mapping[str, str] | None = None) -> Config:

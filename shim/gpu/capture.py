@@ -21,7 +21,7 @@ from smr.shim.gpu.processes import Found
 from smr.shim.gpu.session import Session, open_session
 
 # A lock waits for work that was launched; a kernel that runs longer than this is not an inference server's.
-LOCK_S = 30.0
+_LOCK_S = 30.0
 _CALL_S = 60.0
 # What a whole GPU takes at that rate.
 _GIVE_BACK_S = 600.0
@@ -36,10 +36,11 @@ class Capture:
     session: Session
     found: Found
     state: GpuState
+    config: Config
 
     def take(self) -> None:
         """Lock all, checkpoint all. Raises GPU_FAILED, with every process running again where the driver still answers."""
-        self.session.lock(self.found.pids, LOCK_S)
+        self.session.lock(self.found.pids, lock_timeout_s(self.config))
         self.session.checkpoint(self.found.pids, self.timeout_s)
         if self.found.forked:
             from smr.shim.gpu import forked
@@ -57,12 +58,17 @@ class Capture:
     @property
     def timeout_s(self) -> float:
         """How long a checkpoint or a restore may take."""
-        return call_timeout_s(self.state)
+        return call_timeout_s(self.state, self.config)
 
 
-def call_timeout_s(state: GpuState) -> float:
-    """How long the driver may take for what these processes have."""
-    return _CALL_S + sum(sum(task.vram_bytes.values()) for task in state.tasks) / _BYTES_PER_S
+def lock_timeout_s(config: Config) -> float:
+    """How long a lock or an unlock may take."""
+    return config.gpu_timeout_s or _LOCK_S
+
+
+def call_timeout_s(state: GpuState, config: Config) -> float:
+    """How long a checkpoint or a restore of what these processes have may take."""
+    return config.gpu_timeout_s or _CALL_S + sum(sum(task.vram_bytes.values()) for task in state.tasks) / _BYTES_PER_S
 
 
 @contextlib.contextmanager
@@ -88,14 +94,14 @@ def find(target: Target, config: Config) -> Iterator[Capture | None]:
         facts = session.ready()
         found = processes.settle(found, session.states(found.tree))
         obstacles.check(found, driver=facts.driver)
-        yield Capture(session=session, found=found, state=_state(target, found, facts.cuda))
+        yield Capture(session=session, found=found, state=_state(target, found, facts.cuda), config=config)
 
 
 def give_back(target: Target, config: Config) -> None:
     """Bring back whatever a checkpoint that was killed has locked. Raises GPU_FAILED."""
     with open_session(config) as session:
         states = session.states(process.pid for process in procs.tree(target.pid))
-        session.release([pid for pid, state in states.items() if state is not None], _GIVE_BACK_S)
+        session.release([pid for pid, state in states.items() if state is not None], config.gpu_timeout_s or _GIVE_BACK_S)
 
 
 def _state(target: Target, found: Found, cuda: int) -> GpuState:

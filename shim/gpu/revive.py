@@ -18,19 +18,25 @@ from smr.proto.oci import Spec, parse_spec
 from smr.shim import procs
 from smr.shim.config import Config
 from smr.shim.gpu import remap
-from smr.shim.gpu.capture import call_timeout_s
+from smr.shim.gpu.capture import call_timeout_s, lock_timeout_s
 from smr.shim.gpu.driver import GpuPair
 from smr.shim.gpu.session import Session, open_session
-
-_UNLOCK_S = 30.0
 
 
 class Revival:
     """One restore's. `check` before a process is made, `run` when all its pages are there."""
 
-    def __init__(self, image: CheckpointConfig, state: GpuState, spec: Spec, annotations: Annotations, session: Session) -> None:
+    def __init__(
+        self,
+        image: CheckpointConfig,
+        state: GpuState,
+        spec: Spec,
+        annotations: Annotations,
+        config: Config,
+        session: Session,
+    ) -> None:
         self._image, self._state, self._spec = image, state, spec
-        self._session = session
+        self._config, self._session = config, session
         self._pairs: remap.Pairs = ()
         self._error: SmrError | None = None
         self._comparing = threading.Thread(target=self._compare, args=(annotations.gpu_map,), name="smr-gpu", daemon=True)
@@ -56,10 +62,10 @@ class Revival:
 
         device_nodes.fix_devices(root_pid, parse_spec(self._image.spec), self._spec)
         pids = self._pids(root_pid)
-        timeout_s = call_timeout_s(self._state)
+        timeout_s = call_timeout_s(self._state, self._config)
         pairs = [GpuPair(old=old, new=new) for old, new in remap.needed(self._pairs)]
         self._session.restore(pids, timeout_s, pairs, stopped=True)
-        self._session.unlock(pids, _UNLOCK_S, stopped=True)
+        self._session.unlock(pids, lock_timeout_s(self._config), stopped=True)
         return dict(self._pairs)
 
     def _pids(self, root_pid: int) -> list[int]:
@@ -77,4 +83,4 @@ def begin(image: CheckpointConfig, spec: Spec, annotations: Annotations, config:
         yield None
         return
     with open_session(config) as session:
-        yield Revival(image, image.gpu, spec, annotations, session)
+        yield Revival(image, image.gpu, spec, annotations, config, session)

@@ -36,9 +36,16 @@ def test_missing_file_gives_the_defaults(tmp_path: Path) -> None:
 def test_every_setting_of_the_file(tmp_path: Path) -> None:
     """Paths are paths."""
     text = '[smr]\nstore = "/s"\ncriu = "/c/criu"\nruntime = "crun"\nlog = "/l"\n'
-    text += "cache_share = 0.25\nfills = 4\nfill_wait_s = 5\n"
+    text += "cache_share = 0.25\nfills = 4\nfill_wait_s = 5\ngpu_timeout_s = 2.5\n"
     expected = Config(
-        store=Path("/s"), criu="/c/criu", runtime="crun", log=Path("/l"), cache_share=0.25, fills=4, fill_wait_s=5.0
+        store=Path("/s"),
+        criu="/c/criu",
+        runtime="crun",
+        log=Path("/l"),
+        cache_share=0.25,
+        fills=4,
+        fill_wait_s=5.0,
+        gpu_timeout_s=2.5,
     )
     assert load(write(tmp_path, text), {}) == expected
 
@@ -71,7 +78,9 @@ def test_mistyped_key_is_an_error_with_a_suggestion(tmp_path: Path, key: str, me
 
 def test_unlike_key_lists_the_known_ones(tmp_path: Path) -> None:
     """Without a close match."""
-    assert failure(tmp_path, '[smr]\nzzz = "/x"\n').hint == "known: store, criu, runtime, log, cache_share, fills, fill_wait_s"
+    assert failure(tmp_path, '[smr]\nzzz = "/x"\n').hint == (
+        "known: store, criu, runtime, log, cache_share, fills, fill_wait_s, gpu_timeout_s"
+    )
 
 
 def test_state_directory_is_no_setting_of_the_file(tmp_path: Path) -> None:
