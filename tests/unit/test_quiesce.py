@@ -139,6 +139,20 @@ def test_a_resume_that_is_given_is_all_that_happens(resume: str, steps: list[str
     assert [step.text for step in parse_hooks("vllm", resume)[1].steps] == steps
 
 
+def test_every_example_of_the_documentation_is_a_hook() -> None:
+    """Each line of docs/annotations.md that shows one parses, and each option of each preset is in its tables."""
+    text = (Path(__file__).parents[2] / "docs/annotations.md").read_text()
+    examples = [line.strip() for line in text.splitlines() if line.startswith("    smr.quiesce=")]
+    assert len(examples) >= 9
+    for example in examples:
+        assert parse_hook(example.removeprefix("smr.quiesce="), "quiesce").steps
+    for preset in PRESETS.values():
+        assert f"`port={preset.port}`" in text
+        for name, values in preset.options.items():
+            assert f"`{name}={values[0]}`" in text
+            assert all(f"`{value}`" in text for value in values[1:])
+
+
 def test_presets_list_their_default_first() -> None:
     """Every default is a value that the option may have, and no port is another server's."""
     assert all(values for preset in PRESETS.values() for values in preset.options.values())
