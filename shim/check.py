@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
+from smr.proto.checkpoint import CheckpointConfig
 from smr.proto.errors import SmrError
 from smr.shim import criu, preflight, procs
 from smr.shim.config import Config
@@ -43,13 +44,14 @@ class Finding:
 
 
 def check_node(config: Config) -> list[Finding]:
-    """This node: rights, CRIU, runtime, engines, store."""
+    """This node: rights, CRIU, runtime, engines, store, GPUs."""
     looks: tuple[Callable[[], Iterator[Finding]], ...] = (
         _rights,
         lambda: _criu(config),
         lambda: _runtime(config),
         _engines,
         lambda: _store(config),
+        _gpus,
     )
     return [finding for look in looks for finding in _whatever_happens(look)]
 
@@ -182,6 +184,19 @@ def _store(config: Config) -> Iterator[Finding]:
     yield Finding(code="store", level=level, what="image store", found=f"{config.store}, {free >> 20} MiB free")
 
 
+def _gpus() -> Iterator[Finding]:
+    from smr.shim.check_gpu import node_findings
+
+    yield from node_findings()
+
+
+def _image_gpus(facts: CheckpointConfig) -> Iterator[Finding]:
+    if facts.gpu is not None and facts.gpu.tasks:
+        from smr.shim.check_gpu import image_findings
+
+        yield from image_findings(facts.gpu)
+
+
 def _image_intact(check: object) -> Iterator[Finding]:
     try:
         check()  # type: ignore[operator]  # Image.check
@@ -194,8 +209,6 @@ def _image_intact(check: object) -> Iterator[Finding]:
 
 
 def _image_host(facts: object, config: Config) -> Iterator[Finding]:
-    from smr.proto.checkpoint import CheckpointConfig
-
     assert isinstance(facts, CheckpointConfig)
     try:
         preflight.check_host(facts)
@@ -208,6 +221,7 @@ def _image_host(facts: object, config: Config) -> Iterator[Finding]:
         yield Finding(
             code="kernel", level=Level.INFO, what="kernel", found=platform.release(), needed=f"made on {facts.host.kernel}"
         )
+    yield from _image_gpus(facts)
     for destination in facts.external_mounts:
         yield Finding(code="mount", level=Level.INFO, what="mount needed", needed=destination)
 

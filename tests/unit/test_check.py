@@ -15,6 +15,7 @@ from smr.proto.errors import Code, SmrError
 from smr.shim import check, criu, preflight
 from smr.shim.check import Finding, Level
 from smr.shim.config import Config
+from smr.shim.gpu import inventory
 from tests.store_support import commit, make_config
 
 Answers = dict[str, tuple[int, str]]
@@ -52,6 +53,8 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: Answers) -> C
     monkeypatch.setattr(check, "run", run)
     monkeypatch.setattr(criu, "run", run)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(inventory, "vendor", lambda: "")
+    monkeypatch.setattr(inventory, "has_idle_nvidia", lambda: False)
     (tmp_path / "store").mkdir()
     return Config(store=tmp_path / "store", run=tmp_path / "run", criu=str(programs / "criu"), runtime=str(programs / "runc"))
 
