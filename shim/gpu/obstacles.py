@@ -237,9 +237,8 @@ def released(pids: list[int], proc: Path = PROC) -> None:
     """After the driver's checkpoint: raise GPU_UNSUPPORTED when a process still has a device that CRIU could not dump."""
     for pid in pids:
         if held := processes.holding(pid, proc):
-            names = sorted({one.path for one in held.descriptors} | {one.path for one in held.mappings})
             raise SmrError(
-                f"process {pid} ({held.command}) is checkpointed, and still holds {', '.join(names[:_SHOWN])}",
+                f"process {pid} ({held.command}) is checkpointed, and still holds {', '.join(held.paths[:_SHOWN])}",
                 hint="the driver does not free what this program uses besides CUDA (graphics, video, NVML of another library)",
                 code=Code.GPU_UNSUPPORTED,
                 pid=pid,

@@ -32,7 +32,7 @@ _LIBRARY = re.compile(r"/libcuda\.so(?:\.|$)")
 _DRIVERS = re.compile(r"^ *\d+ (?:nvidia\S*|kfd)$", re.MULTILINE)
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) \S+ \d+ *(.*)")
 _KCMP = {"x86_64": 312, "aarch64": 272}
-_KCMP_FILE = 0
+_KCMP_FILE, _KCMP_VM, _KCMP_FILES = 0, 1, 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,10 +66,14 @@ class Held:
     inherited_from: int = 0
 
     @property
+    def paths(self) -> tuple[str, ...]:
+        """The devices that it has open or mapped, each once."""
+        return tuple(sorted({one.path for one in self.descriptors} | {one.path for one in self.mappings}))
+
+    @property
     def minors(self) -> tuple[int, ...]:
-        """The GPUs whose device files it has open or mapped, by minor number."""
-        paths = [one.path for one in self.descriptors] + [one.path for one in self.mappings]
-        return tuple(sorted({int(match[1]) for path in paths if (match := _GPU.match(path))}))
+        """The GPUs among them, by minor number."""
+        return tuple(sorted({int(match[1]) for path in self.paths if (match := _GPU.match(path))}))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,13 +100,14 @@ class Found:
 
 
 SameFile = Callable[[int, int, int], bool]
+Devices = Callable[[str], bool]
 
 
 def uses_gpu(root_pid: int, proc: Path = PROC) -> bool:
     """Whether anything in the tree has a GPU open: NVIDIA's, or AMD's, which `find` refuses. 30 us on a node with no driver."""
     if not _DRIVERS.search(_text(proc / "devices")):
         return False
-    return any(DEVICE.match(one.path) or one.path == _AMD for pid in tree(root_pid, proc) for one in _descriptors(pid, proc))
+    return any(is_device(one.path) or one.path == _AMD for pid in tree(root_pid, proc) for one in _descriptors(pid, proc))
 
 
 def find(root_pid: int, proc: Path = PROC, same_file: SameFile | None = None) -> Found:
@@ -139,11 +144,16 @@ def settle(
     return replace(found, cuda=tuple(cuda), forked=tuple(forked), others=tuple(others))
 
 
-def holding(pid: int, proc: Path = PROC, device: re.Pattern[str] = DEVICE) -> Held | None:
+def is_device(path: str) -> bool:
+    """Whether a path is that of one of NVIDIA's devices."""
+    return DEVICE.match(path) is not None
+
+
+def holding(pid: int, proc: Path = PROC, device: Devices = is_device) -> Held | None:
     """What a process holds of NVIDIA's devices; None for nothing, or when it is gone."""
-    descriptors = tuple(one for one in _descriptors(pid, proc) if _is_device(pid, one.path, device))
+    descriptors = tuple(one for one in _descriptors(pid, proc) if _counts(pid, one.path, device))
     mapped = tuple(mappings(pid, proc))
-    devices = tuple(one for one in mapped if device.match(one.path))
+    devices = tuple(one for one in mapped if device(one.path))
     if not descriptors and not devices:
         return None
     return Held(
@@ -193,7 +203,7 @@ def command(pid: int, proc: Path = PROC) -> str:
     return words[:80] or _text(proc / str(pid) / "comm").strip()
 
 
-def _is_device(pid: int, path: str, device: re.Pattern[str]) -> bool:
+def _counts(pid: int, path: str, device: Devices) -> bool:
     if path == _AMD:
         raise SmrError(
             f"process {pid} uses an AMD GPU ({_AMD} is open): SMR checkpoints NVIDIA GPUs only",
@@ -201,7 +211,7 @@ def _is_device(pid: int, path: str, device: re.Pattern[str]) -> bool:
             code=Code.UNSUPPORTED,
             pid=pid,
         )
-    return bool(device.match(path))
+    return device(path)
 
 
 def _origin(held: Held, found: Mapping[int, Held], parents: Mapping[int, int], same_file: SameFile) -> int:
@@ -232,20 +242,29 @@ def _covers(parents: Iterable[Region], one: Region) -> bool:
     return any(other.path == one.path and other.start <= one.start and one.end <= other.end for other in parents)
 
 
+def shares_memory(pid: int, other: int) -> bool:
+    """Whether two processes share one address space or one table of descriptors, as after vfork(2)."""
+    return any(_kcmp(pid, other, kind, 0) == 0 for kind in (_KCMP_VM, _KCMP_FILES))
+
+
 def _same_file(pid: int, other: int, number: int) -> bool:
-    """kcmp(2). Where the kernel has none, or forbids it, the equal number and path decide: True."""
-    call = _kcmp()
-    return True if call is None else call(pid, other, number) in (0, -1)
+    """Where the kernel has no kcmp(2), or forbids it, the equal number and path decide: True."""
+    return _kcmp(pid, other, _KCMP_FILE, number) in (0, -1)
+
+
+def _kcmp(pid: int, other: int, kind: int, number: int) -> int:
+    """kcmp(2): 0 for the same object, -1 when it cannot be told."""
+    if (call := _KCMP.get(platform.machine())) is None:
+        return -1
+    return _libc_syscall()(call, pid, other, kind, number, number)
 
 
 @functools.cache
-def _kcmp() -> Callable[[int, int, int], int] | None:
-    number = _KCMP.get(platform.machine())
-    if number is None:
-        return None
+def _libc_syscall() -> Callable[[int, int, int, int, int, int], int]:
     syscall = ctypes.CDLL(None, use_errno=True).syscall
+    syscall.argtypes = (ctypes.c_long,) * 6
     syscall.restype = ctypes.c_long
-    return lambda pid, other, fd: int(syscall(number, pid, other, _KCMP_FILE, ctypes.c_ulong(fd), ctypes.c_ulong(fd)))
+    return syscall
 
 
 def _sorted(pids: tuple[int, ...], found: Iterable[Held]) -> Found:
