@@ -22,6 +22,7 @@ blocked (seen on 6.18). So `on_mask` is told thread and mask before the mask is 
 from __future__ import annotations
 
 import contextlib
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -32,7 +33,8 @@ from smr.proto.errors import Code, SmrError
 from smr.shim.gpu import ptrace
 from smr.shim.gpu.ptrace import Event, Option, Status, ThreadGoneError
 
-_ALL = (1 << 64) - 1
+# The kernel never blocks SIGKILL and SIGSTOP, and a mask that is read back does not have them.
+_ALL = ((1 << 64) - 1) & ~(1 << (signal.SIGKILL - 1)) & ~(1 << (signal.SIGSTOP - 1))
 # glibc's own (cancellation, setuid of all threads): a thread that blocked them could hang its process.
 _INTERNAL = (1 << 31) | (1 << 32)
 _REALTIME = range(64, 33, -1)

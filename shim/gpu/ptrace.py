@@ -208,8 +208,9 @@ def state_words(tid: int) -> str:
 
 
 def tracer(tid: int) -> int:
-    """Who traces a thread; 0 for nobody."""
-    return int(_status_field(tid, "TracerPid") or 0)
+    """The process that traces a thread; 0 for none."""
+    # The kernel names the thread that does.
+    return int(_status_field(int(_status_field(tid, "TracerPid") or 0), "Tgid") or 0)
 
 
 def _status_field(tid: int, name: str) -> str:
