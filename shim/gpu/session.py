@@ -107,6 +107,11 @@ class Session:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
+    @property
+    def helper(self) -> int:
+        """The helper's pid; 0 when there is none. After a call that hung it is another."""
+        return self._channel.pid if self._channel is not None else 0
+
     def close(self) -> None:
         """End the helper, at once. May be called again."""
         if self._channel is not None:

@@ -185,7 +185,7 @@ static int asked(int pid, const char *call)
 	return OK;
 }
 
-static int change(const char *call, int pid, int from, int to, int asks)
+__attribute__((unused)) static int change(const char *call, int pid, int from, int to, int asks)
 {
 	record(call, pid, "begin");
 	int result = fault(call, pid);
