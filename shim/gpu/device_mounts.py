@@ -265,7 +265,7 @@ def _resolved(root: Path, destination: str, depth: int = 0) -> str:
     """A path of the container with its symbolic links followed within `root`: the kernel names mounts so."""
     done = "/"
     for part in PurePosixPath(destination).parts[1:]:
-        step = os.path.normpath(f"{done}/{part}")
+        step = os.path.normpath(f"{done.rstrip('/')}/{part}")
         try:
             target = (root / step.lstrip("/")).readlink() if depth < 40 else None
         except OSError:

@@ -19,7 +19,7 @@ from smr.proto.errors import Code, SmrError
 from smr.proto.oci import Json, Spec, as_list, as_object
 from smr.shim.mountinfo import entries
 
-_PATH = re.compile(r"/dev/(?:nvidia[\w-]*|(?:nvidia[\w-]*|dri)/[\w.-]+)")
+_PATH = re.compile(r"/dev/(?:nvidia[\w-]*|(?:nvidia[\w-]*|dri)/[\w-][\w.-]*)")
 _FOLDER = re.compile(r"nvidia[\w-]*|dri")
 _DEVICES = Path("/proc/devices")
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
