@@ -4,9 +4,15 @@ Each kind is a line of `SIGNS`: where it shows in /proc, the pattern, whether th
 means that the sign cannot be there without the obstacle (an open file of the kind). The others are what such programs leave
 behind, and may be there without it; they refuse too, since a process that the driver cannot bring back is lost, and say so.
 
-NCCL is judged over all processes (`_nccl`): communicators among several processes are refused unless the environment that each
-was started with, or its nccl.conf, turns peer-to-peer and shared memory off; then they run over sockets, and survive. What a
-program sets in its own environment later does not show in /proc.
+Seen with driver 580 (dev/gpu-signs): managed memory makes the checkpoint fail, and unlocking brings the process back. A process
+that has opened another one's CUDA IPC handle, and NCCL ranks over peer-to-peer or shared memory, are checkpointed and cannot be
+restored: they are lost. NCCL over sockets, of one rank, within one process, or destroyed before survives; so do exported handles
+that nobody has opened, mapped or cudaMallocAsync memory and pinned shared memory.
+
+NCCL shows the same in /proc whatever its transport is. So it is judged by all processes (`_nccl`): communicators among several
+are refused unless the environment that each was started with, or its nccl.conf, turns peer-to-peer and shared memory off. What a
+program sets in its own environment later does not show. Nor does memory that is shared by cudaIpcOpenMemHandle alone; of
+programs that do so, the custom all-reduce of vLLM and SGLang is told by the command line (`_all_reduce`).
 
 A driver of 610 or newer checkpoints CUDA IPC among processes that were started as one job (`cuda-checkpoint --launch-job`, which
 leaves CUDA_CHECKPOINT_JOB_FILE in the environment): for those the signs of IPC and NCCL do not count.
@@ -27,10 +33,13 @@ from smr.shim.gpu.processes import PROC, Found, Region
 
 JOB_DRIVER = 610
 _JOB_FILE = "CUDA_CHECKPOINT_JOB_FILE"
-# libcuda keeps its own small pools of /dev/nvidia-uvm (semaphores) in a window that begins at 0x2_0000_0000; what programs
-# allocate as managed memory lies where mmap puts it. The offset in the file is the address in both cases (uvm_mmap).
+# libcuda keeps its own pools of /dev/nvidia-uvm (semaphores, 2 MiB a GPU) in a window that begins at 0x2_0000_0000; what
+# programs allocate as managed memory lies where mmap puts it. The offset in the file is the address in both (uvm_mmap).
 MANAGED_FROM = 1 << 36
 _MPS_FOLDER = "/tmp/nvidia-mps"  # the driver's own default
+_EVENTS = re.compile(r"/dev/shm/cuda\.shm\.[0-9a-f]+\.([0-9a-f]+)\.")
+_SERVER = re.compile(r"\bvllm[ /.](?:\S*/)?(?:serve|entrypoints)|\bsglang[ .](?:serve|launch_server)")
+_NO_ALL_REDUCE = "--disable-custom-all-reduce"
 _NCCL_SOCKET = re.compile(r"tmp/nccl-socket-(\d+)-[0-9a-f]+")
 _NCCL_THREAD = re.compile(r"NCCL |pt_nccl_")
 _NCCL_OFF = ("NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE")
@@ -56,7 +65,6 @@ class Sign:
     what: str
     remedy: str
     certain: bool = True
-    job: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +92,9 @@ class View:
 
     pid: int
     proc: Path
+    ns_pid: int = 0
     command: str = ""
+    line: str = ""
     files: list[str] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
@@ -95,7 +105,9 @@ class View:
         return cls(
             pid=pid,
             proc=proc,
+            ns_pid=_ns_pid(pid, proc),
             command=processes.command(pid, proc),
+            line=_text(proc / str(pid) / "cmdline").replace("\0", " "),
             files=[one.path for one in processes.descriptors(pid, proc)],
             regions=list(processes.mappings(pid, proc)),
             environment=environment(pid, proc),
@@ -128,7 +140,8 @@ SIGNS: tuple[Sign, ...] = (
         where=Where.OPEN,
         pattern=re.compile(r"anon_inode:\[?io_uring\]?$"),
         what="uses io_uring, which CRIU cannot dump",
-        remedy="turn it off in the program (UV_USE_IO_URING=0 for Node.js), or forbid it by the container's seccomp profile",
+        remedy="start it with UV_USE_IO_URING=0 in the environment (libuv: PyTorch's TCPStore, Node.js), or forbid"
+        " io_uring_setup by the container's seccomp profile",
     ),
     Sign(
         name="infiniband",
@@ -179,24 +192,6 @@ SIGNS: tuple[Sign, ...] = (
         what="is a client of NVIDIA MPS",
         remedy="start the container without MPS (no CUDA_MPS_PIPE_DIRECTORY, no /tmp/nvidia-mps in it)",
     ),
-    Sign(
-        name="ipc",
-        where=Where.MAPPED,
-        pattern=re.compile(r"/dev/shm/cuda\.shm\."),
-        what="shares GPU memory or events with another process (CUDA IPC)",
-        remedy=_IPC_REMEDY,
-        certain=False,
-        job=True,
-    ),
-    Sign(
-        name="ipc",
-        where=Where.OPEN,
-        pattern=re.compile(r"/dev/shm/cuda\.shm\."),
-        what="shares GPU memory or events with another process (CUDA IPC)",
-        remedy=_IPC_REMEDY,
-        certain=False,
-        job=True,
-    ),
 )
 
 
@@ -226,9 +221,12 @@ def look(found: Found, *, driver: str = "", proc: Path = PROC) -> list[Obstacle]
     cuda = [views[pid] for pid in found.pids]
     jobs = _major(driver) >= JOB_DRIVER
     obstacles = [one for view in views.values() for one in _debugger(view)]
-    obstacles += [one for view in views.values() for one in _matches(view, cuda=view in cuda, jobs=jobs)]
+    obstacles += [one for view in views.values() for one in _matches(view, cuda=view in cuda)]
     obstacles += [one for view in cuda for one in (*_managed(view), *_mps(view))]
-    obstacles += _nccl([view for view in cuda if not (jobs and _JOB_FILE in view.environment)])
+    alone = [view for view in cuda if not (jobs and _JOB_FILE in view.environment)]
+    obstacles += [one for view in alone for one in _opened_handle(view)]
+    obstacles += _nccl(alone)
+    obstacles += _all_reduce(alone, list(views.values()))
     obstacles += [_other(views[held.pid], held.descriptors[0].path) for held in found.others]
     return sorted(obstacles, key=lambda one: not one.certain)
 
@@ -251,7 +249,7 @@ def environment(pid: int, proc: Path = PROC) -> dict[str, str]:
     return dict(entry.split("=", 1) for entry in entries if "=" in entry)
 
 
-def _matches(view: View, *, cuda: bool, jobs: bool) -> Iterator[Obstacle]:
+def _matches(view: View, *, cuda: bool) -> Iterator[Obstacle]:
     """The table. Of processes without CUDA only what CRIU cannot dump counts: open files."""
     devices = view.files + [region.path for region in view.regions]
     places: Mapping[Where, list[str]] = {
@@ -262,9 +260,7 @@ def _matches(view: View, *, cuda: bool, jobs: bool) -> Iterator[Obstacle]:
     }
     seen: set[str] = set()
     for sign in SIGNS:
-        if sign.name in seen or (sign.job and jobs and _JOB_FILE in view.environment):
-            continue
-        if match := next((path for path in places[sign.where] if sign.pattern.search(path)), None):
+        if sign.name not in seen and (match := next((path for path in places[sign.where] if sign.pattern.search(path)), None)):
             seen.add(sign.name)
             yield _obstacle(view, sign.name, sign.what, f"{sign.where.value} {match}", sign.remedy, certain=sign.certain)
 
@@ -287,7 +283,16 @@ def _managed(view: View) -> Iterator[Obstacle]:
             size = (region.end - region.start) >> 20
             found = f"/dev/nvidia-uvm mapped at {region.start:x}, {size} MiB"
             remedy = "allocate with cudaMalloc instead of cudaMallocManaged (RAPIDS: no managed pool; UVM offload off)"
-            yield _obstacle(view, "managed", "has managed (unified) memory", found, remedy, certain=False)
+            yield _obstacle(view, "managed", "has managed (unified) memory", found, remedy)
+            return
+
+
+def _opened_handle(view: View) -> Iterator[Obstacle]:
+    """The file of shared events bears the pid, in its container, of its maker; whoever opened a handle has mapped it."""
+    for region in view.regions:
+        if (match := _EVENTS.match(region.path)) and int(match[1], 16) != view.ns_pid:
+            found = f"{region.path} of process {int(match[1], 16)} (pid in the container)"
+            yield _obstacle(view, "ipc", "has GPU memory or events of another process open (CUDA IPC)", found, _IPC_REMEDY)
             return
 
 
@@ -314,6 +319,15 @@ def _nccl(views: list[View]) -> Iterator[Obstacle]:
             what = "has NCCL communicators with other processes over peer-to-peer or shared memory, which cannot be restored"
             yield _obstacle(view, "nccl", what, found, _NCCL_REMEDY, certain=False)
             return
+
+
+def _all_reduce(cuda: list[View], tree: list[View]) -> Iterator[Obstacle]:
+    """vLLM's and SGLang's own all-reduce opens the other ranks' memory, whatever NCCL does, and leaves nothing in /proc."""
+    servers = [view for view in tree if _SERVER.search(view.line)]
+    if len(cuda) > 1 and servers and not any(_NO_ALL_REDUCE in view.line for view in tree):
+        what = "runs on several GPUs with its custom all-reduce, whose shared GPU memory cannot be restored"
+        found = f"{len(cuda)} CUDA processes, and no {_NO_ALL_REDUCE}"
+        yield _obstacle(servers[0], "all-reduce", what, found, f"start it with {_NO_ALL_REDUCE}", certain=False)
 
 
 def _ranks(view: View) -> set[int] | None:
@@ -348,6 +362,12 @@ def _other(view: View, path: str) -> Obstacle:
 
 def _obstacle(view: View, name: str, what: str, found: str, remedy: str, *, certain: bool = True) -> Obstacle:
     return Obstacle(name=name, pid=view.pid, command=view.command, what=what, found=found, remedy=remedy, certain=certain)
+
+
+def _ns_pid(pid: int, proc: Path) -> int:
+    """The pid in the process's own namespace."""
+    lines = _text(proc / str(pid) / "status").splitlines()
+    return next((int(line.split()[-1]) for line in lines if line.startswith("NSpid:")), pid)
 
 
 def _major(driver: str) -> int:

@@ -36,6 +36,7 @@ class FakeProc:
             (folder / "fd" / str(number)).symlink_to(target)
         (folder / "maps").write_text(maps)
         (folder / "cmdline").write_text(command.replace(" ", "\0") + "\0")
+        (folder / "status").write_text(f"Name:\t{command.split(maxsplit=1)[0]}\nNSpid:\t{pid}\t{pid - 3}\n")
         (folder / "comm").write_text(command.split(maxsplit=1)[0] + "\n")
         (folder / "environ").write_text("".join(f"{key}={value}\0" for key, value in (environ or {}).items()))
         (folder / "net").mkdir()
@@ -50,11 +51,24 @@ class FakeProc:
             (task / "children").write_text("".join(f"{child} " for child in children) if last else "")
 
 
-CUDA_FDS = {0: "/dev/null", 10: "/dev/nvidiactl", 11: "/dev/nvidia-uvm", 12: "/dev/nvidia0", 13: "/dev/nvidia0"}
-CUDA_MAPS = """200000000-200200000 ---p 00000000 00:00 0
-200200000-200400000 rw-s 00000000 00:06 489                              /dev/nvidiactl
-205e00000-206000000 rw-s 205e00000 00:06 490                             /dev/nvidia-uvm
-7f0000000000-7f0000200000 rw-s 00000000 00:06 491                        /dev/nvidia0
-7f1000000000-7f1000100000 r-xp 00000000 08:01 77                         /usr/lib/x86_64-linux-gnu/libcuda.so.580.159.04
+# What a process with CUDA on one of two GPUs shows (driver 580, PyTorch), in fewer lines.
+CUDA_FDS = {
+    0: "/dev/null",
+    10: "/dev/nvidiactl",
+    11: "/dev/nvidia-uvm",
+    12: "/dev/nvidia0",
+    13: "/dev/nvidia0",
+    14: "/dev/nvidia-caps/nvidia-cap1",
+    15: "/dev/nvidia1",
+    16: "anon_inode:[eventfd]",
+}
+CUDA_MAPS = """200000000-200600000 ---p 00000000 00:00 0
+200600000-200800000 rw-s 00000000 00:06 491                              /dev/nvidia0
+200800000-204000000 rw-s 00000000 00:06 489                              /dev/nvidiactl
+204a00000-204c00000 rw-s 204a00000 00:06 490                             /dev/nvidia-uvm
+7f400d800000-7f400da00000 rw-s 00000000 00:01 1025                       /dev/zero (deleted)
+7f434d2b1000-7f434d2c1000 -w-s 00000000 00:06 492                        /dev/nvidia1
+7f434d2d1000-7f434d2e1000 -w-s 00000000 00:06 491                        /dev/nvidia0
+7f4400000000-7f4400100000 r-xp 00000000 08:01 77                         /usr/lib/x86_64-linux-gnu/libcuda.so.580.159.04
 7ffd00000000-7ffd00021000 rw-p 00000000 00:00 0                          [stack]
 """

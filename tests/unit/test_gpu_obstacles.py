@@ -95,33 +95,65 @@ def test_debugger_on_any_thread(tmp_path: Path) -> None:
 
 
 def test_managed_memory_is_told_from_the_pool_of_semaphores(tmp_path: Path) -> None:
-    """Only a mapping of /dev/nvidia-uvm above the driver's window counts, and it is not certain."""
+    """Only a mapping of /dev/nvidia-uvm above the driver's window counts."""
     proc = FakeProc(tmp_path)
     proc.add(5, fds=CUDA_FDS, maps=CUDA_MAPS + MANAGED)
     (found,) = look(proc)
-    assert (found.name, found.certain) == ("managed", False)
-    assert "mapped at 7f4000000000, 64 MiB" in found.found
-    assert "taken as a sign" in found.message
+    assert (found.name, found.certain) == ("managed", True)
+    assert found.found == "/dev/nvidia-uvm mapped at 7f4000000000, 64 MiB"
 
 
-def test_cuda_ipc_is_found_by_its_shared_memory(tmp_path: Path) -> None:
-    """A mapping of /dev/shm/cuda.shm.* counts once, other shared memory does not."""
+def test_opened_ipc_handle_is_told_from_an_exported_one(tmp_path: Path) -> None:
+    """Whoever maps the events of another process has opened its handles; the pid in the name is the one in the container."""
     proc = FakeProc(tmp_path)
-    shm = "7f3000000000-7f3000001000 rw-s 00000000 00:19 9 /dev/shm/"
-    proc.add(5, fds={**CUDA_FDS, 31: "/dev/shm/cuda.shm.0.5.1"}, maps=f"{CUDA_MAPS}{shm}cuda.shm.0.5.1\n{shm}torch_77\n")
-    assert [one.name for one in look(proc)] == ["ipc"]
+    shm = "205400000-205414000 rw-s 00000000 00:19 9 /dev/shm/cuda.shm.0.480.1\n"
+    proc.add(5, children=[1155, 1295])
+    proc.add(1155, fds={**CUDA_FDS, 31: "/dev/shm/cuda.shm.0.480.1"}, maps=CUDA_MAPS + shm)
+    proc.add(1295, fds=CUDA_FDS, maps=CUDA_MAPS + shm)
+    (found,) = look(proc)
+    assert (found.name, found.pid, found.certain) == ("ipc", 1295, True)
+    assert found.found == "/dev/shm/cuda.shm.0.480.1 of process 1152 (pid in the container)"
 
 
 def test_job_of_a_new_driver_may_share_memory(tmp_path: Path) -> None:
-    """With driver 610 and CUDA_CHECKPOINT_JOB_FILE neither IPC nor NCCL refuses; with 580 they do."""
+    """With driver 610 and CUDA_CHECKPOINT_JOB_FILE neither IPC nor NCCL nor an all-reduce refuses; with 580 they do."""
     proc = FakeProc(tmp_path)
     job = {"CUDA_CHECKPOINT_JOB_FILE": "/proc/self/fd/9"}
-    proc.add(5, children=[20, 30, 40])
+    shm = "205400000-205414000 rw-s 00000000 00:19 9 /dev/shm/cuda.shm.0.480.1\n"
+    proc.add(5, children=[20, 30, 40], command="python -m vllm.entrypoints.openai.api_server")
     rank(proc, 20, 0, environ=job)
     rank(proc, 30, 1, environ=job)
-    proc.add(40, fds={**CUDA_FDS, 31: "/dev/shm/cuda.shm.0.5.1"}, maps=CUDA_MAPS, environ=job)
+    proc.add(40, fds=CUDA_FDS, maps=CUDA_MAPS + shm, environ=job)
     assert look(proc, driver="610.57.04") == []
-    assert sorted(one.name for one in look(proc)) == ["ipc", "nccl"]
+    assert sorted(one.name for one in look(proc)) == ["all-reduce", "ipc", "nccl"]
+
+
+@pytest.mark.parametrize(
+    ("command", "refused"),
+    [
+        ("/usr/bin/python3 /usr/local/bin/vllm serve /m --tensor-parallel-size 2", True),
+        ("vllm serve /m -tp 2", True),
+        ("python -m sglang.launch_server --tp 2", True),
+        ("vllm serve /m -tp 2 --disable-custom-all-reduce", False),
+        ("python -m sglang.launch_server --tp 2 --disable-custom-all-reduce", False),
+        ("python serve.py", False),
+    ],
+)
+def test_custom_all_reduce_is_told_by_the_command(tmp_path: Path, command: str, refused: bool) -> None:
+    """On several GPUs these servers open each other's memory, with NCCL over sockets too, unless told not to."""
+    proc = FakeProc(tmp_path)
+    proc.add(5, children=[20, 30], command=command)
+    rank(proc, 20, 0, environ=OFF)
+    rank(proc, 30, 1, environ=OFF)
+    assert [one.name for one in look(proc)] == (["all-reduce"] if refused else [])
+
+
+def test_server_on_one_gpu_has_no_all_reduce(tmp_path: Path) -> None:
+    """One CUDA process is in no need of it."""
+    proc = FakeProc(tmp_path)
+    proc.add(5, children=[20], command="vllm serve /m")
+    rank(proc, 20, 0)
+    assert look(proc) == []
 
 
 def test_nccl_among_processes_is_refused_with_the_setting_that_lacks(tmp_path: Path) -> None:

@@ -52,22 +52,25 @@ def test_gpu_is_found_in_a_grandchild_of_a_thread(tmp_path: Path) -> None:
     found = processes.find(5, tmp_path, own)
     assert found.tree == (5, 20, 30)
     assert found.pids == (30,)
-    assert found.minors == (0,)
+    assert found.minors == (0, 1)
 
 
 def test_what_a_cuda_process_holds(tmp_path: Path) -> None:
     """Descriptors and mappings of devices are listed, with the GPUs by minor number; other ones are not."""
     proc = FakeProc(tmp_path)
-    proc.add(5, fds={**CUDA_FDS, 14: "/dev/nvidia12", 15: "/dev/nvidia-caps/nvidia-cap1"}, maps=CUDA_MAPS)
+    proc.add(5, fds={**CUDA_FDS, 17: "/dev/nvidia12", 18: "/dev/shm/nvidia0"}, maps=CUDA_MAPS)
     held = processes.holding(5, tmp_path)
     assert held is not None
     assert held.library
-    assert held.minors == (0, 12)
-    assert [one.number for one in held.descriptors] == [10, 11, 12, 13, 14, 15]
+    assert held.minors == (0, 1, 12)
+    assert held.used == (0,)
+    assert [one.number for one in held.descriptors] == [10, 11, 12, 13, 14, 15, 17]
     assert [(one.start, one.path) for one in held.mappings] == [
-        (0x200200000, "/dev/nvidiactl"),
-        (0x205E00000, "/dev/nvidia-uvm"),
-        (0x7F0000000000, "/dev/nvidia0"),
+        (0x200600000, "/dev/nvidia0"),
+        (0x200800000, "/dev/nvidiactl"),
+        (0x204A00000, "/dev/nvidia-uvm"),
+        (0x7F434D2B1000, "/dev/nvidia1"),
+        (0x7F434D2D1000, "/dev/nvidia0"),
     ]
 
 
@@ -87,7 +90,7 @@ def test_child_that_opened_one_more_device_has_cuda(tmp_path: Path) -> None:
     """A descriptor that the parent has not is the child's own."""
     proc = FakeProc(tmp_path)
     proc.add(5, children=[20], fds=CUDA_FDS, maps=CUDA_MAPS)
-    proc.add(20, fds={**CUDA_FDS, 30: "/dev/nvidia1"}, maps=CUDA_MAPS)
+    proc.add(20, fds={**CUDA_FDS, 30: "/dev/nvidia2"}, maps=CUDA_MAPS)
     assert processes.find(5, tmp_path, shared).pids == (5, 20)
 
 
@@ -115,7 +118,7 @@ def test_driver_has_the_last_word(tmp_path: Path) -> None:
     proc = FakeProc(tmp_path)
     proc.add(5, children=[20, 40], fds=CUDA_FDS)
     proc.add(20, fds=CUDA_FDS)
-    proc.add(40, fds={**CUDA_FDS, 33: "/dev/nvidia1"})
+    proc.add(40, fds={**CUDA_FDS, 33: "/dev/nvidia2"})
     found = processes.settle(processes.find(5, tmp_path, shared), {5: 0, 20: 0, 40: None}, proc=tmp_path)
     assert found.pids == (5, 20)
     assert [one.pid for one in found.others] == [40]
