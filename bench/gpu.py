@@ -5,8 +5,9 @@
     llama-8b-compiled  the same through torch.compile
 
 All run in a runc container: private pid, mount, network, ipc and uts namespaces, an overlay root over the machine's own, devices
-and driver from a CDI document. Each time is from the runtime's `create` (stock: `restore`) until a client in the container's network
-namespace has a checked answer: the checkpointed process's, with the right number or token. Medians of `--runs`, page cache warm.
+and driver from a CDI document. Each time is from the runtime's `create` (stock: `restore`) until a client in the container's
+network namespace has a checked answer: the checkpointed process's, with the right number or token. Medians of `--runs`, page
+cache warm.
 
     cold_s    create and start of a new container through the bare runc; weights, if any, in the page cache (cold_disk_s: not)
     stock_s   `runc restore` of a dump by the same CRIU with no plugin, then the driver's restore and unlock by a process that has
@@ -66,7 +67,7 @@ print(json.dumps(found))
 
 def gpu_facts() -> dict[str, Any]:
     """Driver, CUDA version, and model and memory of each GPU."""
-    import pynvml
+    import pynvml  # type: ignore[import-untyped]
 
     pynvml.nvmlInit()
     try:

@@ -14,7 +14,7 @@ from typing import Any
 
 from bench.gpu_calls import Calls
 from bench.pages_files import drop, warm
-from tests.gpu.client import Answer, Watch, ask, ask_until
+from tests.gpu.client import Answer, Watch, ask, ask_until, loopback_up
 from tests.gpu.container import GpuRunc, python
 from tests.integration.command import eventually
 
@@ -195,7 +195,7 @@ class Bench:
     def _stock_restore(self, case: Case, folder: Path) -> tuple[float, Row]:
         runc = self.runc
         self._gone("source")
-        bundle, pid_file = runc.path / "source", runc.path / "stock.pid"
+        bundle, pid_file = runc.path / "source", runc.path.parent / "stock.pid"
         words = ["restore", "--detach", "--bundle", bundle, "--image-path", folder, "--work-path", folder.parent / "stock-work"]
         begin = time.perf_counter()
         with runc.output(bundle) as output:
@@ -203,6 +203,7 @@ class Bench:
             _check(argv, self._criu_environment(), folder.parent / "stock-work/restore.log", output)
         steps: Row = {"criu_s": time.perf_counter() - begin}
         pid = int(pid_file.read_text())
+        loopback_up(pid)
         if self.calls:
             steps |= self.calls("restore", [pid])
         answer = self._until(case, "source", pid)
@@ -213,7 +214,7 @@ class Bench:
     def _gone(self, name: str) -> None:
         """Nothing of an earlier container of that name runs, and the GPU has its memory back."""
         self.runc("delete", "--force", name, bare=True, check=False)
-        pid_file = self.runc.path / "stock.pid"
+        pid_file = self.runc.path.parent / "stock.pid"
         if pid_file.exists():
             pid = pid_file.read_text()
             eventually(lambda: not Path("/proc", pid).exists(), timeout_s=60, what=f"process {pid} is gone")

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,8 @@ def _empty_model(values: dict[str, Any]) -> Any:
 def write(folder: Path, size: str) -> None:
     """The weights, normal with a deviation of 0.02 as LLaMA's are initialised, norms of one, and the configuration."""
     import torch
-    from safetensors.torch import save_file
+
+    save_file = import_module("safetensors.torch").save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -108,7 +110,8 @@ def write(folder: Path, size: str) -> None:
 def load(folder: Path, device: str) -> Any:
     """The model on `device`, straight from the files."""
     import torch
-    from safetensors.torch import load_file
+
+    load_file = import_module("safetensors.torch").load_file
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     values = SIZES[(folder / "size").read_text()]

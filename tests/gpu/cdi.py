@@ -102,7 +102,7 @@ def uuids() -> list[str]:
 
 
 def _gpus() -> list[tuple[str, int]]:
-    import pynvml
+    import pynvml  # type: ignore[import-untyped]
 
     pynvml.nvmlInit()
     try:

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import http.client
 import json
 import os
+import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 Answer = dict[str, Any]
 _CLONE_NEWNET = 0x40000000
+_SIOCSIFFLAGS, _IFF_UP, _IFF_RUNNING = 0x8914, 0x1, 0x40
 
 
 def enter_network(pid: int) -> None:
@@ -46,23 +51,28 @@ def _request(path: str, port: int, timeout_s: float, method: str) -> Answer:
 
 def ask(pid: int, path: str, *, port: int = 8000, timeout_s: float = 60.0, method: str = "GET") -> Answer:
     """One request to 127.0.0.1:PORT in the network namespace of `pid`. OSError when nobody answers, AssertionError for no 200."""
-    found: list[Answer | BaseException] = []
+
+    def work() -> Answer:
+        enter_network(pid)
+        return _request(path, port, timeout_s, method)
+
+    try:
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            return pool.submit(work).result()
+    except (http.client.HTTPException, ValueError) as error:
+        raise OSError(f"{method} /{path} of process {pid}: {error!r}") from error
+
+
+def loopback_up(pid: int) -> None:
+    """Bring `lo` up in the network namespace of `pid`: a runtime's own restore leaves that to whoever called it."""
 
     def work() -> None:
-        try:
-            enter_network(pid)
-            found.append(_request(path, port, timeout_s, method))
-        except (OSError, http.client.HTTPException, ValueError, AssertionError) as error:
-            found.append(error)
+        enter_network(pid)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+            fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", _IFF_UP | _IFF_RUNNING))
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    if isinstance(found[0], http.client.HTTPException | ValueError):
-        raise OSError(f"GET /{path} of process {pid}: {found[0]!r}") from found[0]
-    if isinstance(found[0], BaseException):
-        raise found[0]
-    return found[0]
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        pool.submit(work).result()
 
 
 def ask_until(

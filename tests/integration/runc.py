@@ -121,7 +121,8 @@ class Runc:
 
     def ask(self, name: str, path: str = "look", port: int = 8000) -> dict[str, object]:
         """A request to the workload from inside the container."""
-        return json.loads(self.exec(name, "wget", "-q", "-O-", f"http://127.0.0.1:{port}/{path}").stdout)
+        answer: dict[str, object] = json.loads(self.exec(name, "wget", "-q", "-O-", f"http://127.0.0.1:{port}/{path}").stdout)
+        return answer
 
     def ready(self, name: str, port: int = 8000) -> dict[str, object]:
         """Wait until the workload answers."""
@@ -129,7 +130,8 @@ class Runc:
 
     def state(self, name: str, *, bare: bool = False) -> dict[str, object]:
         """`state`."""
-        return json.loads(self("state", name, bare=bare).stdout)
+        found: dict[str, object] = json.loads(self("state", name, bare=bare).stdout)
+        return found
 
     def pid(self, name: str) -> int:
         """Host pid of the container's init."""
