@@ -58,8 +58,8 @@ class Channel:
 
     @property
     def alive(self) -> bool:
-        """Whether it has not ended."""
-        return self._process.poll() is None
+        """Whether it has not ended; its first thread may have while others of it have not."""
+        return self._process.poll() is None and procs.alive(self.pid)
 
     def ready(self, timeout_s: float) -> None:
         """Wait until CUDA is initialised. Raises the helper's own error, HelperGoneError, or SmrError TIMEOUT."""

@@ -306,6 +306,7 @@ class Session:
             return
         seconds = float(str(reply["seconds"]))
         error = str(reply.get("error", ""))
+        # OneThread's error, or its note on the driver's, says that the thread could not be brought back.
         if not reply.get("notes") and "signals blocked" not in error:
             self._masks = {key: mask for key, mask in self._masks.items() if key[0] != pid}
         self._settle(

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from smr.proto.errors import Code, SmrError
+from smr.shim import procs
 from smr.shim.gpu import ptrace
-from smr.shim.gpu.onethread import OneThread, mend
+from smr.shim.gpu.onethread import OneThread, host_thread, mend
 from tests.integration.command import eventually
 from tests.integration.fake_cuda import FakeCuda, Target, compile_program
 
@@ -238,6 +239,20 @@ def test_mending_what_runs_or_is_gone(cuda: FakeCuda) -> None:
         target.stop()
         target.goes_on()
     mend(target.pid, target.restore_tid, 0)
+
+
+def test_a_thread_of_a_container() -> None:
+    """The driver's thread id is taken as ours, or else as one of the container's own pid namespace."""
+    outer = subprocess.Popen(["unshare", "--pid", "--fork", "--kill-child", "sleep", "600"])
+    try:
+        inner = eventually(lambda: procs.children(outer.pid))[0]
+        assert host_thread(inner, inner) == inner
+        assert host_thread(inner, 1) == inner
+        with pytest.raises(SmrError, match=f"process {inner} has no thread 2, which the driver names"):
+            host_thread(inner, 2)
+    finally:
+        outer.kill()
+        outer.wait()
 
 
 def test_ptrace_says_what_it_found(target: Target) -> None:
