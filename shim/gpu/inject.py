@@ -67,7 +67,17 @@ _MACHINES = {
         original=15,
         instruction=b"\x0f\x05",
         alignment=1,
-        calls={"close": 3, "mmap": 9, "munmap": 11, "getpid": 39, "openat": 257, "dup3": 292},
+        calls={
+            "close": 3,
+            "mmap": 9,
+            "munmap": 11,
+            "madvise": 28,
+            "getpid": 39,
+            "openat": 257,
+            "dup3": 292,
+            "mremap": 25,
+            "madvise": 28,
+        },
     ),
     "aarch64": _Machine(
         words=34,
@@ -78,21 +88,31 @@ _MACHINES = {
         original=None,
         instruction=b"\x01\x00\x00\xd4",
         alignment=4,
-        calls={"close": 57, "mmap": 222, "munmap": 215, "getpid": 172, "openat": 56, "dup3": 24},
+        calls={
+            "close": 57,
+            "mmap": 222,
+            "munmap": 215,
+            "madvise": 233,
+            "getpid": 172,
+            "openat": 56,
+            "dup3": 24,
+            "mremap": 216,
+            "madvise": 233,
+        },
     ),
 }
 
 
 class Remote:
-    """One thread of a process, stopped, to make system calls with; a context manager.
+    """One thread of a process (`tid`, else any), stopped, to make system calls with; a context manager.
 
     Entering raises SmrError: GPU_UNSUPPORTED when the process is traced, does not stop, or is no 64-bit one of this machine's;
     PERMISSION; ThreadGoneError. Leaving raises when it could not be put back.
     """
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, tid: int = 0) -> None:
         self.pid = pid
-        self.tid = 0
+        self.tid = tid
         self._machine = _machine()
         self._kept = b""
         self._mask = 0
@@ -100,7 +120,7 @@ class Remote:
         self._runs = False
 
     def __enter__(self) -> Remote:
-        self.tid = _living_thread(self.pid)
+        self.tid = self.tid or _living_thread(self.pid)
         ptrace.seize(self.tid, Option.SYSGOOD)
         try:
             ptrace.interrupt(self.tid)

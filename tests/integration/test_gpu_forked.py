@@ -22,7 +22,7 @@ import pytest
 
 from smr.proto.errors import Code, SmrError
 from smr.shim import procs
-from smr.shim.gpu import forked, inject, obstacles, processes
+from smr.shim.gpu import forked, inject, obstacles, processes, ptrace
 from smr.shim.gpu.inject import Remote
 from smr.shim.gpu.processes import Found, Held
 from tests.integration.command import eventually, run
@@ -226,6 +226,17 @@ def test_failed_call_gives_its_errno(spun: Worker) -> None:
         remote.call("close", 999)
     assert error.value.errno == 9
     assert spun.end() == ["spin 1 0 1"]
+
+
+def test_thread_of_choice_makes_the_call(start: Callable[[str], Worker]) -> None:
+    """The second thread, which waits for input, is interrupted; the first is left alone."""
+    worker = start("futex")
+    first, second = eventually(lambda: tasks if len(tasks := processes.tasks(worker.pid)) == 2 else None)
+    with Remote(worker.pid, second) as remote:
+        assert remote.call("getpid") == worker.pid
+        assert ptrace.tracer(second) == os.getpid()
+        assert ptrace.tracer(first) == 0
+    assert worker.end() == ["futex 0 0"]
 
 
 def test_many_children_at_once(start: Callable[[str], Worker]) -> None:
