@@ -194,7 +194,7 @@ def test_the_process_is_killed_while_it_is_locked(runc: GpuRunc, serving: dict[s
 @pytest.mark.parametrize("state", [1, 2])
 def test_the_helper_is_killed_in_the_middle_of_a_checkpoint(runc: GpuRunc, serving: dict[str, Any], state: int) -> None:
     """kill -9 of the program that makes the driver's calls: the container answers again, never locked."""
-    with watching(runc.pid("source"), state, f"helper:{runc.box.base}") as watcher:
+    with watching(runc.pid("source"), state, "helper") as watcher:
         done = runc.checkpoint("source", "gpu-helper:1", check=False)
         assert watcher.wait(60) == 0
     if done.returncode == 0:  # it had done its work already
