@@ -1,16 +1,20 @@
 """A restored container's /dev: the image's GPU nodes replaced by those of the new container's spec, before anything runs.
 
 CRIU restores /dev, a tmpfs, with the nodes that the checkpoint had; the device cgroup is the new container's already. Everything
-is done through /proc/PID/root, step by step from a descriptor, never through a symbolic link, never in the host's own /dev, and
-never where something is mounted: a node that is a bind mount is CRIU's (`device_mounts`).
+is done through /proc/PID/root, step by step from a descriptor, never through a symbolic link, and never in the host's own /dev.
+
+In a user namespace nobody may open a node of the container's own tmpfs, so runtimes bind-mount the host's there. CRIU brings
+those of the image back (`device_mounts`); what changes is mounted and unmounted here, in the container's mount namespace.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import stat
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -25,6 +29,10 @@ _DEVICES = Path("/proc/devices")
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # What CRIU and the runtime take when the spec does not say.
 _MODE = 0o666
+# The same on x86-64 and arm64.
+_OPEN_TREE, _MOVE_MOUNT = 428, 429
+_AT_FDCWD, _OPEN_TREE_CLONE, _FROM_EMPTY_PATH = -100, 1, 4
+_CLONE_FS, _CLONE_NEWNS, _MS_PRIVATE, _MNT_DETACH, _UMOUNT_NOFOLLOW = 0x200, 0x20000, 1 << 18, 2, 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,27 +80,34 @@ def nodes_of(spec: Spec) -> dict[str, Node]:
 def fix_devices(pid: int, old: Spec, new: Spec) -> Changes:
     """Make the GPU nodes in the root of the stopped process `pid` those of `new`; `old` is the checkpoint's spec.
 
-    A node of the same path and number stays as it is. Raises UNSUPPORTED where a node has to be made in a user namespace, and
+    A node of the same path and number stays as it is; so does every mount of a container without a user namespace. Raises
     RESTORE_FAILED where the container's /dev is not a place to make one.
     """
     before, wanted = nodes_of(old), nodes_of(new)
     mounted = mounts_of(pid)
     if not (before or wanted) or mounted.get("/dev") == "devtmpfs":
         return Changes()
+    ours = before.keys() - {mount.destination for mount in new.mounts} if "user" in new.namespaces else frozenset[str]()
     removed: list[str] = []
     made: list[str] = []
     with _dev_of(pid) as dev:
         for path, device in list(_present(dev, before)):
-            if path not in mounted and (path not in wanted or wanted[path].device != device):
+            if path in wanted and wanted[path].device == device:
+                continue
+            if path not in mounted:
                 _remove(dev, path)
+                removed.append(path)
+            elif path in ours:
+                _bind(pid, dev, path, None)
                 removed.append(path)
         there = dict(_present(dev, before))
         for node in wanted.values():
-            if node.path in mounted or there.get(node.path) == node.device:
+            if there.get(node.path) == node.device or (node.path in mounted and node.path not in removed):
                 continue
             if "user" in new.namespaces:
-                raise _in_user_namespace(node.path)
-            _make(dev, node)
+                _bind(pid, dev, node.path, node)
+            else:
+                _make(dev, node)
             made.append(node.path)
     return Changes(removed=tuple(removed), made=tuple(made))
 
@@ -169,6 +184,62 @@ def _make(dev: int, node: Node) -> None:
         raise _no_place(node.path, error.strerror) from error
 
 
+def _bind(pid: int, dev: int, path: str, node: Node | None) -> None:
+    """Mount the host's `node` at `path`, or unmount what is there and remove it when `node` is None.
+
+    By a thread that enters the container's mount namespace, and makes the file as the owner of the container's /dev: for others
+    a file system of a user namespace has no number.
+    """
+    failure: list[OSError | SmrError] = []
+
+    def work() -> None:
+        try:
+            _bind_here(pid, dev, path, node)
+        except (OSError, SmrError) as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=work, name="smr-node")
+    thread.start()
+    thread.join()
+    if failure:
+        raise _no_place(path, str(failure[0])) from failure[0]
+
+
+def _bind_here(pid: int, dev: int, path: str, node: Node | None) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def call(result: int) -> int:
+        if result < 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        return result
+
+    with contextlib.ExitStack() as stack:
+        tree = -1
+        if node is not None:
+            if Path(path).stat().st_rdev != node.device:
+                raise OSError(f"the host's {path} is another device")
+            tree = call(libc.syscall(_OPEN_TREE, _AT_FDCWD, os.fsencode(path), _OPEN_TREE_CLONE | os.O_CLOEXEC))
+            stack.callback(os.close, tree)
+        namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        stack.callback(os.close, namespace)
+        call(libc.unshare(_CLONE_FS))
+        call(libc.setns(namespace, _CLONE_NEWNS))
+        owner = os.fstat(dev)
+        libc.setfsgid(owner.st_gid)
+        libc.setfsuid(owner.st_uid)
+        if node is None:
+            call(libc.umount2(os.fsencode(path), _MNT_DETACH | _UMOUNT_NOFOLLOW))
+            _remove(dev, path)
+            return
+        with _parent(dev, path, make=True) as (folder, name):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=folder)
+            os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=folder))
+            call(libc.syscall(_MOVE_MOUNT, tree, b"", folder, os.fsencode(name), _FROM_EMPTY_PATH))
+        # Else a later checkpoint finds a mount that shares with the host's.
+        call(libc.mount(None, os.fsencode(path), None, _MS_PRIVATE, None))
+
+
 @contextlib.contextmanager
 def _parent(dev: int, path: str, *, make: bool) -> Iterator[tuple[int, str]]:
     """Descriptor of the folder of a path below /dev (one level at most), and the last name."""
@@ -205,12 +276,4 @@ def _no_place(path: str, why: str | None) -> SmrError:
         f"the restored container's {path} cannot be made a GPU's node: {why}",
         hint="checkpoint a container whose /dev is its own, as engines make it",
         code=Code.RESTORE_FAILED,
-    )
-
-
-def _in_user_namespace(path: str) -> SmrError:
-    return SmrError(
-        f"{path} is new in this container, and in a user namespace device nodes are mounts, which the checkpoint fixes",
-        hint="give the container the GPU that has the same device node as the checkpoint's, or run it without a user namespace",
-        code=Code.UNSUPPORTED,
     )

@@ -22,6 +22,7 @@ from smr.shim import criu, network
 from smr.shim.gpu import device_mounts, device_nodes
 from tests.integration.command import Done, run
 from tests.integration.runc import Runc
+from tests.integration.sandbox import Sandbox
 
 Edit = Callable[[dict[str, object]], None]
 
@@ -267,3 +268,76 @@ def test_mounts_of_the_old_runtime_hook(mover: Mover, monkeypatch: pytest.Monkey
     device_mounts.check_restored(runc.pid("again"), config)
     assert runc.exec("again", "cat", "/usr/lib/libcuda.so.580.1").stdout == "new"
     assert runc.exec("again", "cat", "/run/nvidia-persistenced/socket").stdout == ""
+
+
+@pytest.fixture
+def own_dev(box: Sandbox, tmp_path: Path) -> Iterator[None]:
+    """A /dev of the sandbox's own, with two more nodes, as on a node with two GPUs."""
+    del box
+    run(["mount", "-t", "tmpfs", "tmpfs", tmp_path])
+    run(
+        [
+            "sh",
+            "-c",
+            f"cd /dev && cp -a null zero full random urandom tty ptmx fd stdin stdout stderr {tmp_path}/ 2>/dev/null || :",
+        ]
+    )
+    for name, minor in (("nvidia70", "3"), ("nvidia71", "5")):
+        run(["mknod", "-m", "666", tmp_path / name, "c", "1", minor])
+    for name in ("pts", "shm", "mqueue"):
+        if (Path("/dev") / name).is_dir():
+            (tmp_path / name).mkdir()
+            run(["mount", "--rbind", f"/dev/{name}", tmp_path / name])
+    run(["mount", "--rbind", tmp_path, "/dev"])
+    yield
+    run(["umount", "-l", "/dev"])
+    run(["umount", "-l", tmp_path])
+
+
+@pytest.mark.usefixtures("own_dev")
+def test_device_nodes_in_a_user_namespace(mover: Mover) -> None:
+    """There they are mounts of the host's nodes: the image's comes back, goes, and the new container's is mounted."""
+    runc = mover.runc
+    if runc.prefix:
+        pytest.skip("the runtime runs in another mount namespace, which has the host's /dev")
+
+    def user(edit: Edit) -> Edit:
+        def both(spec: dict[str, object]) -> None:
+            edit(spec)
+            linux = spec["linux"]
+            linux["namespaces"].append({"type": "user"})  # type: ignore[index]
+            mapping = [{"containerID": 0, "hostID": 200000, "size": 65536}]
+            linux["uidMappings"] = linux["gidMappings"] = mapping  # type: ignore[index]
+            spec["mounts"] = [mount for mount in spec["mounts"] if mount["type"] not in {"sysfs", "cgroup"}]  # type: ignore[index]
+
+        return both
+
+    runc.path.parent.chmod(0o755)
+    mover.folder.chmod(0o755)
+    edit = user(with_devices(device("/dev/nvidia70", NULL)))
+    started = runc.start("source", edit=edit, bare=True, check=False)
+    if started.returncode != 0:
+        pytest.skip(f"no container in a user namespace here: {started.stderr.strip()}")
+    boot = runc.ready("source")["boot"]
+    old = spec_of(runc.path / "source")
+    mover.checkpoint("source", device_mounts.dump_externals(runc.pid("source"), old))
+    mover.images.chmod(0o755)
+    for file in mover.images.iterdir():
+        file.chmod(0o644)
+    bundle = mover.bundle("again", "source", user(with_devices(device("/dev/nvidia71", ZERO))))
+    new = spec_of(bundle)
+    config = CheckpointConfig(
+        created="",
+        host=Host(architecture="", kernel="", criu="", runtime=""),
+        source=Source(engine="runc", container_id="source"),
+        spec=old.document,
+    )
+    mover.restore("again", bundle, device_mounts.restore_externals(config, new))
+    pid = runc.pid("again")
+    assert device_nodes.mounts_of(pid)["/dev/nvidia70"] != ""
+    changes = device_nodes.fix_devices(pid, old, new)
+    assert changes == device_nodes.Changes(removed=("/dev/nvidia70",), made=("/dev/nvidia71",))
+    assert runc.exec("again", "sh", "-c", "ls /dev/nvidia*").stdout.split() == ["/dev/nvidia71"]
+    assert runc.exec("again", "sh", "-c", "head -c 3 /dev/nvidia71 | wc -c").stdout.strip() == "3"
+    assert runc.ask("again")["boot"] == boot
+    assert device_nodes.fix_devices(pid, old, new) == device_nodes.Changes()
