@@ -7,6 +7,7 @@
     onethread    lets one thread of a stopped process run, which is all that the driver's calls need
     processes    which processes of a container have CUDA, or hold NVIDIA mappings without it
     obstacles    what the driver cannot checkpoint, found before anything is paused
+    prefault     memory made ready for what the driver brings out of a GPU
     inventory    the GPUs of this node (NVML)
     devices      the GPUs, device nodes and mounts of a container, from its spec
     remap        which GPU of the new container takes the place of which of the old

@@ -41,7 +41,8 @@ class Capture:
     def take(self) -> None:
         """Lock all, checkpoint all. Raises GPU_FAILED, with every process running again where the driver still answers."""
         self.session.lock(self.found.pids, lock_timeout_s(self.config))
-        self.session.checkpoint(self.found.pids, self.timeout_s)
+        expected = [sum(task.vram_bytes.values()) for task in self.state.tasks]
+        self.session.checkpoint(self.found.pids, self.timeout_s, expected_bytes=dict(zip(self.found.pids, expected, strict=True)))
         if self.found.forked:
             from smr.shim.gpu import forked
 

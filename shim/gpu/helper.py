@@ -7,6 +7,7 @@ beside the owner's other work. Lines of JSON on stdin and stdout:
     -> {"id": 1, "call": "lock", "pids": [7, 9], "timeout_s": 10, "stopped": false, "pairs": [["GPU-old", "GPU-new"]]}
     <- {"id": 1, "pid": 7, "tid": 8, "mask": 0}            before thread 8's signals are blocked (smr.shim.gpu.onethread)
     <- {"id": 1, "pid": 7, "seconds": 0.1, "value": 0}     or, in place of the value, {"error": ..., "number": CUresult or 0}
+                                                           a checkpoint may have "expected_bytes": {"7": 8589934592}
     -> {"id": 2, "call": "mend", "threads": [[7, 8, 0]]}   process, thread, signal mask
     -> {"call": "end"}
 
@@ -32,6 +33,7 @@ from typing import NoReturn
 from smr.proto.errors import SmrError
 from smr.shim.gpu.driver import CudaError, Driver, GpuPair, open_driver, release
 from smr.shim.gpu.onethread import OneThread, host_thread, mend
+from smr.shim.gpu.prefault import Prefault
 
 _END_S = 5.0
 
@@ -111,7 +113,7 @@ class Helper:
         calls: Mapping[str, Callable[[], int | None]] = {
             "state": lambda: int(driver.get_state(pid)),
             "lock": lambda: driver.lock(pid, float(str(request["timeout_s"]))),
-            "checkpoint": lambda: driver.checkpoint(pid),
+            "checkpoint": lambda: _checkpoint(driver, pid, request),
             "restore": lambda: driver.restore(pid, pairs),
             "unlock": lambda: driver.unlock(pid),
         }
@@ -126,6 +128,16 @@ class Helper:
                 return work()
         finally:
             self._running.discard(one)
+
+
+def _checkpoint(driver: Driver, pid: int, request: Mapping[str, object]) -> None:
+    """The call, with memory made ready for what it brings, when it is told how much that is."""
+    expected = request.get("expected_bytes")
+    size_bytes = int(expected.get(str(pid), 0)) if isinstance(expected, dict) else 0
+    if not size_bytes or request.get("stopped"):
+        return driver.checkpoint(pid)
+    with Prefault(pid, size_bytes, spare=host_thread(pid, driver.restore_thread(pid))):
+        return driver.checkpoint(pid)
 
 
 def _pairs(request: Mapping[str, object]) -> list[tuple[str, str]]:

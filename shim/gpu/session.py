@@ -159,15 +159,18 @@ class Session:
         outcomes = self._call("lock", todo, timeout_s + _LOCK_GRACE_S, driver_s=timeout_s)
         return self._all_or_back("lock", todo, outcomes, timeout_s, stopped=False)
 
-    def checkpoint(self, pids: Iterable[int], timeout_s: float, stopped: bool = False) -> dict[int, float]:
+    def checkpoint(
+        self, pids: Iterable[int], timeout_s: float, stopped: bool = False, expected_bytes: Mapping[int, int] | None = None
+    ) -> dict[int, float]:
         """Bring the GPU memory of locked processes into their own memory, all in parallel: all of them, or all run again.
 
-        `stopped`: the processes are stopped (state T) and stay so; else they must be able to run. Raises as `lock`.
+        `stopped`: the processes are stopped (state T) and stay so; else they must be able to run. `expected_bytes`: how much
+        each has on its GPUs; memory is made ready for so much (smr.shim.gpu.prefault). Raises as `lock`.
         """
         todo = list(pids)
         outcomes = self._call("state", todo, STATE_S)
         if all(not one.error and one.value == CudaState.LOCKED for one in outcomes.values()):
-            outcomes = self._call("checkpoint", todo, timeout_s, stopped=stopped)
+            outcomes = self._call("checkpoint", todo, timeout_s, stopped=stopped, expected_bytes=expected_bytes)
         else:
             outcomes = {pid: _not_locked(one) for pid, one in outcomes.items()}
         return self._all_or_back("checkpoint", todo, outcomes, timeout_s, stopped=stopped)
@@ -258,6 +261,7 @@ class Session:
         driver_s: float = 0.0,
         stopped: bool = False,
         pairs: Sequence[GpuPair] = (),
+        expected_bytes: Mapping[int, int] | None = None,
     ) -> dict[int, _Outcome]:
         """One call for all processes at once. Every process has an outcome; raises only when there is no helper to be had."""
         if not pids:
@@ -267,7 +271,8 @@ class Session:
         self.ready()
         self._mend()
         words = [[pair.old, pair.new] for pair in pairs]
-        return self._ask(call, pids, timeout_s, {"pids": list(pids), "timeout_s": driver_s, "stopped": stopped, "pairs": words})
+        members = {"pids": list(pids), "timeout_s": driver_s, "stopped": stopped, "pairs": words}
+        return self._ask(call, pids, timeout_s, {**members, "expected_bytes": dict(expected_bytes or {})})
 
     def _mend(self) -> None:
         """Give the threads that a killed helper left with blocked signals their masks back."""

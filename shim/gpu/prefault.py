@@ -1,0 +1,138 @@
+"""Memory for what the driver brings out of a GPU, made ready ahead of it by all processors.
+
+The driver's checkpoint maps one large anonymous area in the process for each GPU and copies there in one thread, which spends
+two thirds of its time on the first touch of every page (2.9 GB/s). The pages can be had from outside: process_vm_writev with a
+source that cannot be read has the kernel make the target's pages, for writing, and then fail before a byte is written
+(mm/process_vm_access.c: pin_user_pages_remote comes first; seen on 6.18). What the driver has written there stays. So the
+driver's thread finds its pages there. The area is asked to take huge pages, which cost less, here and when it is read.
+
+It is an advantage and never a condition: whatever fails here is left, and the driver touches its pages itself. No more than
+`expected_bytes` are made, what the process has on its GPUs, so that an area that is only reserved costs nothing.
+Runs in the helper (smr.shim.gpu.helper), for one process, beside the driver's call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import queue
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from smr.proto.errors import SmrError
+
+# The kernel pins this many bytes of a target at a time (PVM_MAX_KMALLOC_PAGES), and stops at the first that it cannot fill.
+STEP_BYTES = 4 << 20
+_LEAST_BYTES = 64 << 20
+_LOOK_S = 0.002
+_MOST_THREADS = 8
+_MADV_HUGEPAGE = 14
+_HUGE_BYTES = 2 << 20
+# Below what may be mapped (vm.mmap_min_addr): nothing is ever there to be read.
+_NOWHERE = 4096
+
+Area = tuple[int, int]
+
+
+class _Iovec(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+class Prefault:
+    """A context manager around the driver's checkpoint of process `pid`; `spare`: a thread that is to be left alone."""
+
+    def __init__(self, pid: int, expected_bytes: int, *, spare: int = 0) -> None:
+        self._pid = pid
+        self._left = expected_bytes
+        self._spare = spare
+        self._over = threading.Event()
+        self._todo: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._seen: set[Area] = set()
+        self.made_bytes = 0
+        self._counting = threading.Lock()
+
+    def __enter__(self) -> Prefault:
+        if self._left >= _LEAST_BYTES:
+            self._seen = set(areas(self._pid))
+            self._begin(self._watch)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _begin(self, work: Callable[[], None]) -> None:
+        thread = threading.Thread(target=work, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _watch(self) -> None:
+        """Until the driver's call has ended, look for areas that it makes."""
+        while not self._over.is_set() and self._left > 0:
+            for area in areas(self._pid):
+                # What was asked to take huge pages is an area of its own from then on.
+                if not any(start <= area[0] and area[1] <= end for start, end in self._seen):
+                    self._seen.add(area)
+                    self._take_on(area)
+            self._over.wait(_LOOK_S)
+
+    def _take_on(self, area: Area) -> None:
+        start, end = area[0], min(area[1], area[0] + self._left)
+        self._left -= end - start
+        self._ask_for_huge_pages(area)
+        for address in range(start, end, STEP_BYTES):
+            self._todo.put(address)
+        for _ in range(min(_MOST_THREADS, len(os.sched_getaffinity(0)))):
+            self._begin(lambda: self._work(end))
+
+    def _work(self, end: int) -> None:
+        while not self._over.is_set():
+            try:
+                address = self._todo.get_nowait()
+            except queue.Empty:
+                return
+            if not self._touch(address, min(STEP_BYTES, end - address)):
+                return
+
+    def _touch(self, address: int, size_bytes: int) -> bool:
+        """Have the kernel make these pages. False when the area, or the process, is not there any more."""
+        source, target = _Iovec(_NOWHERE, size_bytes), _Iovec(address, size_bytes)
+        one, none = ctypes.c_ulong(1), ctypes.c_ulong(0)
+        self._libc.process_vm_writev(self._pid, ctypes.byref(source), one, ctypes.byref(target), one, none)
+        if ctypes.get_errno() != errno.EFAULT:
+            return False
+        with self._counting:
+            self.made_bytes += size_bytes
+        return True
+
+    def _ask_for_huge_pages(self, area: Area) -> None:
+        from smr.shim.gpu.inject import Remote
+        from smr.shim.gpu.processes import tasks
+
+        start = -(-area[0] // _HUGE_BYTES) * _HUGE_BYTES
+        size = area[1] // _HUGE_BYTES * _HUGE_BYTES - start
+        with contextlib.suppress(SmrError, OSError, StopIteration):
+            tid = next(tid for tid in tasks(self._pid) if tid != self._spare)
+            with Remote(self._pid, tid) as remote:
+                remote.call("madvise", start, size, _MADV_HUGEPAGE)
+
+
+def areas(pid: int) -> list[Area]:
+    """Large private anonymous writable mappings of a process; none when it is gone."""
+    found = []
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/maps").read_bytes().splitlines():
+            # "start-end rw-p offset device inode": a path would be a sixth word.
+            words = line.split()
+            if len(words) == 5 and words[1] == b"rw-p":
+                start, _, end = words[0].partition(b"-")
+                if int(end, 16) - int(start, 16) >= _LEAST_BYTES:
+                    found.append((int(start, 16), int(end, 16)))
+    return found
