@@ -310,12 +310,14 @@ def _mps(view: View) -> Iterator[Obstacle]:
 
 def _nccl(views: list[View]) -> Iterator[Obstacle]:
     """Communicators that reach into another process, over a transport that the driver cannot restore."""
-    ranks = {view.pid: _ranks(view) for view in views}
-    members = [view for view in views if ranks[view.pid] is not None]
-    beyond = len(members) > 1 or any(ranks[view.pid] and 0 not in (ranks[view.pid] or ()) for view in members)
-    for view in members:
-        if beyond and (lacking := [name for name in _NCCL_OFF if not _is_on(_nccl_setting(view, name))]):
-            found = f"a communicator (ranks {sorted(ranks[view.pid] or ())}), and {' and '.join(lacking)} not set"
+    ranks = _communicators(views)
+    elsewhere = any(own and 0 not in own for own in ranks.values())
+    if not elsewhere and not _have_common(ranks):
+        return
+    for view in views:
+        lacking = [name for name in _NCCL_OFF if not _is_on(_nccl_setting(view, name))]
+        if view.pid in ranks and lacking:
+            found = f"a communicator (ranks {sorted(ranks[view.pid])}), and {' and '.join(lacking)} not set"
             what = "has NCCL communicators with other processes over peer-to-peer or shared memory, which cannot be restored"
             yield _obstacle(view, "nccl", what, found, _NCCL_REMEDY, certain=False)
             return
@@ -323,11 +325,22 @@ def _nccl(views: list[View]) -> Iterator[Obstacle]:
 
 def _all_reduce(cuda: list[View], tree: list[View]) -> Iterator[Obstacle]:
     """vLLM's and SGLang's own all-reduce opens the other ranks' memory, whatever NCCL does, and leaves nothing in /proc."""
+    ranks = _communicators(cuda)
     servers = [view for view in tree if _SERVER.search(view.line)]
-    if len(cuda) > 1 and servers and not any(_NO_ALL_REDUCE in view.line for view in tree):
+    if servers and _have_common(ranks) and not any(_NO_ALL_REDUCE in view.line for view in tree):
         what = "runs on several GPUs with its custom all-reduce, whose shared GPU memory cannot be restored"
-        found = f"{len(cuda)} CUDA processes, and no {_NO_ALL_REDUCE}"
+        found = f"{len(ranks)} processes with NCCL, and no {_NO_ALL_REDUCE}"
         yield _obstacle(servers[0], "all-reduce", what, found, f"start it with {_NO_ALL_REDUCE}", certain=False)
+
+
+def _communicators(views: list[View]) -> dict[int, set[int]]:
+    """The ranks of the processes that have NCCL, by pid."""
+    return {view.pid: found for view in views if (found := _ranks(view)) is not None}
+
+
+def _have_common(ranks: Mapping[int, set[int]]) -> bool:
+    """Each communicator has one rank 0: processes with no other rank have communicators of their own only."""
+    return len(ranks) > 1 and any(own != {0} for own in ranks.values())
 
 
 def _ranks(view: View) -> set[int] | None:

@@ -148,11 +148,12 @@ def test_custom_all_reduce_is_told_by_the_command(tmp_path: Path, command: str, 
     assert [one.name for one in look(proc)] == (["all-reduce"] if refused else [])
 
 
-def test_server_on_one_gpu_has_no_all_reduce(tmp_path: Path) -> None:
-    """One CUDA process is in no need of it."""
+def test_servers_of_one_gpu_each_have_nothing_in_common(tmp_path: Path) -> None:
+    """Processes that are rank 0 of communicators of their own; a front process with NVML open makes no difference."""
     proc = FakeProc(tmp_path)
-    proc.add(5, children=[20], command="vllm serve /m")
+    proc.add(5, children=[20, 30], command="vllm serve /m -dp 2", fds={7: "/dev/nvidiactl"})
     rank(proc, 20, 0)
+    rank(proc, 30, 0)
     assert look(proc) == []
 
 
