@@ -2,6 +2,7 @@
 
     driver       the driver's calls (libcuda.so.1), typed
     helper       the program that makes them, one per operation; it has CUDA initialised
+    channel      that program as a process: its pipes, its beginning and its end
     session      the helper's other end: what a checkpoint or a restore asks of it, with timeouts
     ptrace       ptrace(2), and system calls made by a stopped process for us
     onethread    lets one thread of a stopped process run, which is all that the driver's calls need

@@ -46,8 +46,9 @@ _RETIRE_S = 1.0
 _ROUNDS = 2
 _OUT_OF_MEMORY = 2
 _NOT_SUPPORTED = 801
-# CUresults that speak of the node and not of the process asked about: (de)initialised, stub, fabric, versions, unknown.
-_NODE_ERRORS = frozenset({3, 4, 34, 802, 803, 804, 999})
+# CUresults that speak of the node and not of the process asked about: deinitialised, stub, fabric, versions, unknown.
+# 3 (not initialised) is what driver 580 says of a process without CUDA; that ours is initialised is known by then.
+_NODE_ERRORS = frozenset({4, 34, 802, 803, 804, 999})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
