@@ -47,12 +47,11 @@ _SHOWN = 5
 
 
 class Where(StrEnum):
-    """What a pattern is matched with. In all but OPEN of the tree's CUDA processes only."""
+    """What a pattern is matched with: OPEN of every process of the tree, the others of those with CUDA."""
 
     OPEN = "open file"
     DEVICE = "device"
     MAPPED = "mapping"
-    SOCKET = "unix socket"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,7 +255,6 @@ def _matches(view: View, *, cuda: bool) -> Iterator[Obstacle]:
         Where.OPEN: view.files,
         Where.DEVICE: devices if cuda else [],
         Where.MAPPED: [region.path for region in view.regions] if cuda else [],
-        Where.SOCKET: view.sockets() if cuda else [],
     }
     seen: set[str] = set()
     for sign in SIGNS:
