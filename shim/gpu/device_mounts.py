@@ -27,7 +27,7 @@ from pathlib import Path, PurePosixPath
 from smr.proto.checkpoint import CheckpointConfig
 from smr.proto.errors import Code, SmrError
 from smr.proto.oci import Spec, parse_spec
-from smr.shim.gpu.device_nodes import mounts_of, nodes_of
+from smr.shim.gpu.device_nodes import nodes_of
 from smr.shim.mountinfo import unescape
 
 # A configuration file of CRIU's has no way to write these.
@@ -46,6 +46,8 @@ _HOST_LIBRARIES = (
 _HOST_PROGRAMS = ("/usr/bin", "/usr/sbin", "/run/nvidia/driver/usr/bin")
 _PROC_GPUS = "/proc/driver/nvidia/gpus/"
 _NOTHING = "/dev/null"
+# Nodes are kept in by the device cgroup; the rest is not given on the word of an image.
+_NODES_AND_SOCKETS = ("/dev/", "/run/", "/var/run/", "/tmp/")
 _CLONE_FS, _CLONE_NEWNS, _MS_PRIVATE = 0x200, 0x20000, 1 << 18
 # File systems that CRIU makes anew, with their contents or from the kernel's, when their root is mounted in the container.
 _CARRIED = frozenset({"tmpfs", "proc", "sysfs", "devpts", "mqueue", "cgroup", "cgroup2", "overlay", "binfmt_misc", "fusectl"})
@@ -83,6 +85,8 @@ def is_device_mount(destination: str) -> bool:
 
     Such mounts belong to a node and its driver, not to the user: two nodes may have different ones for the same container.
     """
+    if os.path.normpath(destination) != destination:
+        return False  # an image may name any path, and "/dev/nvidia0/../.." is none of NVIDIA's
     name = PurePosixPath(destination).name
     return bool(_PLACES.fullmatch(destination) or _LIBRARY.fullmatch(name)) or (
         name in _PROGRAMS and PurePosixPath(destination).parent.name in {"bin", "sbin"}
@@ -99,6 +103,7 @@ class HookMount:
     type: str
     private: bool
     external: bool
+    read_only: bool = True
 
 
 def nvidia_mounts(pid: int, spec: Spec, mountinfo: str | None = None) -> list[HookMount]:
@@ -138,24 +143,33 @@ def restore_externals(config: CheckpointConfig, spec: Spec) -> dict[str, str]:
     return _option({path: _source(path, spec) for path in wanted if is_device_mount(path) or path in nodes_of(old)})
 
 
-def check_restored(pid: int, config: CheckpointConfig) -> None:
-    """Raise RESTORE_FAILED when a mount of the driver's did not stay in the restored container.
+def check_restored(pid: int, config: CheckpointConfig, spec: Spec) -> None:
+    """Raise RESTORE_FAILED when a mount of the driver's did not stay in the restored container, or may be written to.
 
-    runc 1.1 runs the old hook's mounts again while CRIU works, in a mount namespace from which their end propagates.
+    runc 1.1 runs the old hook's mounts again while CRIU works, in a mount namespace from which their end propagates. And CRIU
+    mounts with the image's flags: an image must not get the host's driver to write to.
     """
-    there = mounts_of(pid)
-    gone = [
-        path
-        for path in config.external_mounts
-        if is_device_mount(path) and path not in there and _resolved(Path(f"/proc/{pid}/root"), path) not in there
-    ]
-    if gone:
-        raise SmrError(
-            f"mount {gone[0]} of the NVIDIA driver is missing in the restored container",
-            hint="use CDI in place of the old hook (nvidia-container-runtime.mode=cdi), or runc 1.2 or newer",
-            code=Code.RESTORE_FAILED,
-            mount=gone[0],
-        )
+    root = Path(f"/proc/{pid}/root")
+    there = {mount.destination: mount for mount in _mounts((root.parent / "mountinfo").read_text(errors="surrogateescape"))}
+    writable = {mount.destination for mount in spec.mounts if "ro" not in mount.options}
+    for path in config.external_mounts:
+        if not is_device_mount(path):
+            continue
+        mount = there.get(path) or there.get(_resolved(root, path))
+        if mount is None:
+            raise SmrError(
+                f"mount {path} of the NVIDIA driver is missing in the restored container",
+                hint="use CDI in place of the old hook (nvidia-container-runtime.mode=cdi), or runc 1.2 or newer",
+                code=Code.RESTORE_FAILED,
+                mount=path,
+            )
+        if not (mount.read_only or path in writable or path.startswith(_NODES_AND_SOCKETS)):
+            raise SmrError(
+                f"the image has {path} of the NVIDIA driver writable: needed read-only",
+                hint="make the checkpoint again from a container whose driver mounts are read-only, as CDI makes them",
+                code=Code.RESTORE_FAILED,
+                mount=path,
+            )
 
 
 def _option(mapping: Mapping[str, str]) -> dict[str, str]:
@@ -175,7 +189,7 @@ def _source(destination: str, spec: Spec) -> str:
     found = next((path for path in _places(destination, spec) if Path(path).exists()), None)
     if found is not None:
         return found
-    if destination.startswith(("/dev/", "/run/", "/var/run/", "/tmp/")):
+    if destination.startswith(_NODES_AND_SOCKETS):
         return _NOTHING  # a node of a GPU that is not here, or a daemon's socket: nothing has it open
     raise SmrError(
         f"mount {destination} of the checkpoint is the NVIDIA driver's, and this node has no {PurePosixPath(destination).name}",
@@ -189,11 +203,14 @@ def _places(destination: str, spec: Spec) -> Iterable[str]:
     name = PurePosixPath(destination).name
     sources = [mount.source for mount in spec.mounts if mount.is_bind and is_device_mount(mount.destination)]
     yield from (source for source in sources if PurePosixPath(source).name == name)
-    yield destination
-    if destination.startswith(_PROC_GPUS) and Path(_PROC_GPUS).is_dir():
+    if destination.startswith(_NODES_AND_SOCKETS[1:]):
+        return  # what the new container was not given, the image does not get
+    if not destination.startswith("/proc/"):
+        yield destination
+    elif destination.startswith(_PROC_GPUS) and Path(_PROC_GPUS).is_dir():
         # The old GPU's place on the bus; what is read there is for people.
         yield from sorted(str(path) for path in Path(_PROC_GPUS).iterdir())
-    elif _LIBRARY.fullmatch(name):
+    if _LIBRARY.fullmatch(name):
         yield from (f"{folder}/{name}" for folder in dict.fromkeys(str(PurePosixPath(source).parent) for source in sources))
         yield from (f"{folder}/{name}" for folder in _HOST_LIBRARIES)
     elif name in _PROGRAMS:
@@ -215,6 +232,7 @@ def _mounts(text: str) -> list[HookMount]:
                     type=after.split(" ")[0],
                     private=not any(word.startswith(("shared:", "master:")) for word in words[6:]),
                     external=False,
+                    read_only="ro" in words[5].split(","),
                 )
             )
     return found

@@ -218,6 +218,7 @@ LEGACY = """
 nsenter --mount --target $pid sh -c '
 touch $0/usr/lib/libcuda.so.580.1 $0/dev/nvidia0
 mount --bind $1/libcuda.so.580.1 $0/usr/lib/libcuda.so.580.1
+mount -o remount,bind,MODE $0/usr/lib/libcuda.so.580.1
 mount --bind /dev/null $0/dev/nvidia0
 mkdir -p $0/run/nvidia-persistenced
 touch $0/run/nvidia-persistenced/socket
@@ -226,15 +227,20 @@ mount --bind $1/socket $0/run/nvidia-persistenced/socket
 """
 
 
-def test_mounts_of_the_old_runtime_hook(mover: Mover, monkeypatch: pytest.MonkeyPatch) -> None:
-    """nvidia-container-runtime-hook: what it has bind-mounted is in no spec; it comes back from this node's own files."""
+@pytest.mark.parametrize("read_only", [True, False])
+def test_mounts_of_the_old_runtime_hook(mover: Mover, monkeypatch: pytest.MonkeyPatch, read_only: bool) -> None:
+    """nvidia-container-runtime-hook: what it has bind-mounted is in no spec; it comes back from this node's own files.
+
+    An image in which the driver's files are writable, as the hook never makes them, is found out.
+    """
     runc = mover.runc
+    script = LEGACY.replace("MODE", "ro" if read_only else "rw")
     theirs, ours = mover.folder / "old-node", mover.folder / "new-node"
     for folder, text in ((theirs, "old"), (ours, "new")):
         folder.mkdir()
         (folder / "libcuda.so.580.1").write_text(text)
         (folder / "socket").touch()
-    edit = hook(runc, "prestart", LEGACY.replace("FOLDER", str(theirs)))
+    edit = hook(runc, "prestart", script.replace("FOLDER", str(theirs)))
     runc.start("source", edit=edit, bare=True)
     boot = runc.ready("source")["boot"]
     old = spec_of(runc.path / "source")
@@ -250,7 +256,7 @@ def test_mounts_of_the_old_runtime_hook(mover: Mover, monkeypatch: pytest.Monkey
         spec=old.document,
         external_mounts=found,
     )
-    bundle = mover.bundle("again", "source", hook(runc, "prestart", LEGACY.replace("FOLDER", str(ours))))
+    bundle = mover.bundle("again", "source", hook(runc, "prestart", script.replace("FOLDER", str(ours))))
     with pytest.raises(SmrError) as caught:
         device_mounts.restore_externals(config, spec_of(bundle))
     assert caught.value.code is Code.MOUNT_MISMATCH
@@ -261,11 +267,16 @@ def test_mounts_of_the_old_runtime_hook(mover: Mover, monkeypatch: pytest.Monkey
     if "/usr/lib/libcuda.so.580.1" not in device_nodes.mounts_of(runc.pid("again")):
         # runc 1.1, whose own run of the hook takes the mounts away again.
         with pytest.raises(SmrError) as caught:
-            device_mounts.check_restored(runc.pid("again"), config)
+            device_mounts.check_restored(runc.pid("again"), config, spec_of(bundle))
         assert "1.2 or newer" in caught.value.hint
         assert "version 1.1" in runc("--version", bare=True).stdout
         return
-    device_mounts.check_restored(runc.pid("again"), config)
+    if read_only:
+        device_mounts.check_restored(runc.pid("again"), config, spec_of(bundle))
+    else:
+        with pytest.raises(SmrError) as caught:
+            device_mounts.check_restored(runc.pid("again"), config, spec_of(bundle))
+        assert "writable: needed read-only" in caught.value.message
     assert runc.exec("again", "cat", "/usr/lib/libcuda.so.580.1").stdout == "new"
     assert runc.exec("again", "cat", "/run/nvidia-persistenced/socket").stdout == ""
 

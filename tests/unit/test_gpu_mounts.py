@@ -122,6 +122,29 @@ def test_a_library_that_this_node_does_not_have() -> None:
     assert "no libcuda.so.0.0" in caught.value.message
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/dev/nvidia0/../../etc/shadow",
+        "/run/nvidia-persistenced/../../etc",
+        "/lib/firmware/nvidia/../../../etc/shadow",
+        "//dev/nvidia0",
+        "/etc/shadow",
+    ],
+)
+def test_an_image_cannot_ask_for_any_file_of_the_node(path: str) -> None:
+    """Only the driver's own, by paths that lead nowhere else."""
+    assert device_mounts.restore_externals(config(spec(), path), spec()) == {}
+
+
+def test_an_image_does_not_get_what_the_container_was_not_given() -> None:
+    """A daemon's socket that is on this node, or a capability of the driver."""
+    found = device_mounts.restore_externals(config(spec(), "/run/nvidia-persistenced"), spec())
+    assert found == {"external": "mnt[/run/nvidia-persistenced]:/dev/null"}
+    with pytest.raises(SmrError):
+        device_mounts.restore_externals(config(spec(), "/proc/driver/nvidia/capabilities/mig/config"), spec())
+
+
 @pytest.mark.parametrize("path", ["/dev/nvidia0 x", "/dev/nvidia]", "/tmp/nvidia-mps/a#b", "/dev/nvidia0\n/etc"])
 def test_paths_that_would_change_the_configuration_file(path: str) -> None:
     """An image may say anything: no path may become another option, or another mount."""
@@ -151,9 +174,9 @@ def test_links_of_the_container_are_followed_in_its_root(tmp_path: Path) -> None
 def test_a_mount_that_did_not_stay() -> None:
     """This process lacks what the image has."""
     with pytest.raises(SmrError) as caught:
-        device_mounts.check_restored(os.getpid(), config(spec(), LIBCUDA))
+        device_mounts.check_restored(os.getpid(), config(spec(), LIBCUDA), spec())
     assert caught.value.code is Code.RESTORE_FAILED
-    device_mounts.check_restored(os.getpid(), config(spec(), "/data"))
+    device_mounts.check_restored(os.getpid(), config(spec(), "/data"), spec())
 
 
 def test_nodes_of_a_spec() -> None:
