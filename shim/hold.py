@@ -14,6 +14,7 @@ Whoever holds calls the steps in this order; `release` does the last three, once
 from __future__ import annotations
 
 import contextlib
+import mmap
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -62,10 +63,10 @@ class Hold:
     hooks: Hooks
     gpu: Capture | None
     stopped: tuple[Process, ...]
+    quiesced: mmap.mmap
     warnings: list[str] = field(default_factory=list)
     start: float = 0.0
     end: float = 0.0
-    _quiesced: bool = False
     _taken: bool = False
     _frozen: bool = False
 
@@ -73,15 +74,15 @@ class Hold:
         """Have the container get ready. Raises HOOK_FAILED; the resume hook then runs when it is released."""
         self.start = time.monotonic()
         if self.hooks.quiesce:
-            from smr.shim.quiesce import HookError
+            from smr.shim import quiesce
 
-            self._quiesced = True
             try:
                 with self.stages.stage("quiesce"):
-                    run_hook(self.target, self.hooks, "quiesce")
-            except HookError as error:
-                self._quiesced = error.begun
+                    quiesce.run(self.target, self.hooks, "quiesce", lambda: self._mark(1))
+            except quiesce.HookError as error:
+                self._mark(error.begun)
                 raise
+            self._mark(1)
 
     def take_gpu(self) -> None:
         """Bring GPU memory into the processes' own. Raises GPU_FAILED with all of them as before."""
@@ -121,17 +122,22 @@ class Hold:
 
     def abandon(self) -> None:
         """The container has ended: there is nothing to give back."""
-        self._taken = self._quiesced = False
+        self._taken = False
+        self._mark(0)
+
+    def _mark(self, begun: int) -> None:
+        """For the guard as well, which shares this byte: whether a resume has something to take back."""
+        self.quiesced[0] = int(begun)
 
     def _resume(self) -> None:
-        if not self._quiesced:
+        if not self.quiesced[0]:
             return
-        self._quiesced = False
         try:
             with self.stages.stage("resume"):
-                run_hook(self.target, self.hooks, "resume")
+                run_resume(self.target, self.hooks)
         except SmrError as error:
             self.warnings.append(f"the container was given back, its resume hook failed: {error}")
+        self._mark(0)
 
     def pause_s(self) -> float:
         """How long it was, or has been so far, held, in seconds."""
@@ -145,12 +151,13 @@ def held(target: Target, config: Config, hooks: Hooks, stages: Stages) -> Iterat
     A failure to give back after another failure does not hide that one: it is added to it as a note.
     """
     halted = stopped.in_the_way(target.pid)
+    quiesced = mmap.mmap(-1, 1)
     with contextlib.ExitStack() as stack:
-        gpu = stack.enter_context(capture.find(target, config))
+        gpu = stack.enter_context(capture.find(target, config, quiesced=bool(hooks.quiesce)))
         guard = stack.enter_context(
-            Guard(lambda: _give_back(target, config, hooks, halted, gpu is not None), until_children_end=True)
+            Guard(lambda: _give_back(target, config, hooks, halted, gpu is not None, quiesced), until_children_end=True)
         )
-        hold = Hold(target=target, guard=guard, stages=stages, hooks=hooks, gpu=gpu, stopped=halted)
+        hold = Hold(target=target, guard=guard, stages=stages, hooks=hooks, gpu=gpu, stopped=halted, quiesced=quiesced)
         try:
             yield hold
         except BaseException as error:
@@ -174,22 +181,22 @@ def hooks_of(target: Target, quiesce: str = "", resume: str = "", timeout_s: flo
     return hooks
 
 
-def run_hook(target: Target, hooks: Hooks, which: str) -> None:
-    """Run one of the hooks on a running container. Raises HOOK_FAILED."""
+def run_resume(target: Target, hooks: Hooks) -> None:
+    """Run the resume hook on a running container. Raises HOOK_FAILED."""
     from smr.shim import quiesce
 
-    quiesce.run(target, hooks, which)
+    quiesce.run(target, hooks, "resume")
 
 
-def _give_back(target: Target, config: Config, hooks: Hooks, halted: tuple[Process, ...], gpu: bool) -> None:
+def _give_back(target: Target, config: Config, hooks: Hooks, halted: tuple[Process, ...], gpu: bool, quiesced: mmap.mmap) -> None:
     """In the guard: whatever was done, in the order of `release`. Each step does nothing where nothing was done."""
     with contextlib.suppress(SmrError):
         let_go(target, halted)
     if gpu:
         with contextlib.suppress(SmrError):
             capture.give_back(target, config)
-    if hooks.quiesce:
-        run_hook(target, hooks, "resume")
+    if quiesced[0]:
+        run_resume(target, hooks)
 
 
 def let_go(target: Target, halted: tuple[Process, ...]) -> None:

@@ -24,6 +24,7 @@ import re
 import shlex
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from ipaddress import ip_address
@@ -137,13 +138,15 @@ def parse_hooks(quiesce: str, resume: str) -> tuple[Hook, Hook]:
     return first, Hook(which="resume", text=" ; ".join(step.text for step in undone), steps=undone)
 
 
-def run_hook(hook: Hook, place: Place, timeout_s: float = 0.0) -> None:
+def run_hook(hook: Hook, place: Place, timeout_s: float = 0.0, begun: Callable[[], object] = lambda: None) -> None:
     """Run all steps; `timeout_s` is for each step that names none, 0 means 30 s. Raises HookError.
+
+    `begun` is called before anything is asked of the container that a resume has to take back, for who may be killed meanwhile.
 
     A resume waits until its time is up for a server that refuses connections: it may just be starting to listen.
     """
     for index, step in enumerate(hook.steps):
-        runner = _Runner(hook.which, step, place, timeout_s)
+        runner = _Runner(hook.which, step, place, timeout_s, begun)
         try:
             runner.run()
         except SmrError as error:
@@ -156,25 +159,38 @@ def run_hook(hook: Hook, place: Place, timeout_s: float = 0.0) -> None:
             ) from error
 
 
-def run(target: Target, hooks: Hooks, which: str) -> None:
+def run(target: Target, hooks: Hooks, which: str, begun: Callable[[], object] = lambda: None) -> None:
     """One of the hooks of a container that an engine runs. Raises HookError; after `begun` the resume has to run."""
     first, second = parse_hooks(hooks.quiesce, hooks.resume)
     place = Place(pid=target.pid, container=target.id, runtime=tuple(target.runtime_command()))
-    run_hook(first if which == "quiesce" else second, place, hooks.timeout_s)
+    run_hook(first if which == "quiesce" else second, place, hooks.timeout_s, begun)
 
 
 class _Runner:
     """One step, until its time is up. It is also the `Client` of a preset."""
 
-    def __init__(self, which: str, step: Step, place: Place, timeout_s: float) -> None:
-        self._which, self._step, self._place = which, step, place
+    def __init__(self, which: str, step: Step, place: Place, timeout_s: float, begun: Callable[[], object]) -> None:
+        self._which, self._step, self._place, self._begun = which, step, place, begun
         self._seconds = step.timeout_s or timeout_s or DEFAULT_TIMEOUT_S
         self._deadline = time.monotonic() + self._seconds
         self._endpoint = Endpoint()
-        self.decided = False
+        self._decided = False
+
+    @property
+    def decided(self) -> bool:
+        """Whether it had an effect, as far as can be known."""
+        return self._decided
+
+    @decided.setter
+    def decided(self, value: bool) -> None:
+        if value:
+            self._begun()
+        self._decided = value
 
     def run(self) -> None:
         """Raises SmrError; `decided` says whether it had an effect."""
+        if not isinstance(self._step.action, Known):
+            self._begun()
         match self._step.action:
             case Http() as http:
                 self._http(http)

@@ -33,24 +33,36 @@ _BYTES_PER_S = 300e6
 class Capture:
     """One container's. `state` is for the image."""
 
+    target: Target
     session: Session
     found: Found
     state: GpuState
     config: Config
 
+    def look(self) -> None:
+        """Raise GPU_UNSUPPORTED for what the driver cannot checkpoint, as things are now; take note of the processes."""
+        from smr.shim.gpu import obstacles
+
+        facts = self.session.ready()
+        found = processes.find(self.target.pid)
+        self.found = processes.settle(found, self.session.states(found.tree))
+        obstacles.check(self.found, driver=facts.driver)
+        self.state = _state(self.target, self.found, facts.cuda)
+
     def take(self) -> None:
         """Lock all, checkpoint all. Raises GPU_FAILED, with every process running again where the driver still answers."""
+        from smr.shim.gpu import forked, obstacles
+
+        self.look()
         self.session.lock(self.found.pids, lock_timeout_s(self.config))
         expected = [sum(task.vram_bytes.values()) for task in self.state.tasks]
         self.session.checkpoint(self.found.pids, self.timeout_s, expected_bytes=dict(zip(self.found.pids, expected, strict=True)))
-        if self.found.forked:
-            from smr.shim.gpu import forked
-
-            try:
-                forked.release(self.found.forked)
-            except SmrError:
-                self.give_back()
-                raise
+        try:
+            obstacles.released(list(self.found.pids))
+            forked.release(self.found.forked)
+        except SmrError:
+            self.give_back()
+            raise
 
     def give_back(self) -> None:
         """Restore and unlock all that are alive. Raises GPU_FAILED."""
@@ -73,9 +85,10 @@ def call_timeout_s(state: GpuState, config: Config) -> float:
 
 
 @contextlib.contextmanager
-def find(target: Target, config: Config) -> Iterator[Capture | None]:
+def find(target: Target, config: Config, *, quiesced: bool) -> Iterator[Capture | None]:
     """What a checkpoint of `target` has to do with GPUs; None for nothing, and then nothing of NVIDIA's is loaded.
 
+    Where it will be quiesced first (`quiesced`), what is in the way now may be gone by then: then only `take` looks for it.
     Raises GPU_UNSUPPORTED for what the driver cannot checkpoint, GPU_DRIVER, GPU_MISSING, UNSUPPORTED for GPUs of others.
     """
     if not processes.uses_gpu(target.pid):
@@ -89,13 +102,11 @@ def find(target: Target, config: Config) -> Iterator[Capture | None]:
             container=target.id,
         )
     with open_session(config) as session:
-        from smr.shim.gpu import obstacles
-
-        found = processes.find(target.pid)
-        facts = session.ready()
-        found = processes.settle(found, session.states(found.tree))
-        obstacles.check(found, driver=facts.driver)
-        yield Capture(session=session, found=found, state=_state(target, found, facts.cuda), config=config)
+        empty = GpuState(driver="")
+        capture = Capture(target=target, session=session, found=processes.find(target.pid), state=empty, config=config)
+        if not quiesced:
+            capture.look()
+        yield capture
 
 
 def give_back(target: Target, config: Config) -> None:
