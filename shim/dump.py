@@ -47,21 +47,45 @@ def engine_options() -> dict[str, str]:
     return chosen
 
 
-def dump(target: Target, folder: Path, work: Path, chosen: Mapping[str, str], tool: Criu, guard: Guard, logs: Path) -> None:
-    """Dump into `folder`, leaving the container as it was (frozen, when it was). Raises CHECKPOINT_FAILED quoting CRIU's log."""
+def dump(
+    target: Target,
+    folder: Path,
+    work: Path,
+    chosen: Mapping[str, str],
+    tool: Criu,
+    guard: Guard,
+    logs: Path,
+    *,
+    server: int | None = None,
+) -> None:
+    """Dump into `folder`, leaving the container as it was (frozen, when it was). Raises CHECKPOINT_FAILED quoting CRIU's log.
+
+    `server`: a socket; the dump is lazy, and serves its pages there (see `smr.shim.lazydump`).
+    """
     work.mkdir(mode=0o700, exist_ok=True)
     config_file = work / "criu.conf"
-    criu.write_options(config_file, {name: value for name, value in chosen.items() if name not in criu.RUNTIME_FLAGS})
+    lazy = lazy_options(server) if server is not None else {}
+    criu.write_options(config_file, {name: value for name, value in (chosen | lazy).items() if name not in criu.RUNTIME_FLAGS})
     flags = [f"--{name}" for name in chosen if name in criu.RUNTIME_FLAGS]
+    if lazy and not _is_crun(target):
+        flags.append("--lazy-pages")  # runc says yes or no in every request; crun has no such flag and says nothing
     argv = target.runtime_command(
         "checkpoint", "--leave-running", "--image-path", str(folder), "--work-path", str(work), *flags, target.id
     )
     env = {**os.environ, **tool.environment(config_file)}
-    result = subprocess.run(
-        argv, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, pass_fds=guard.pass_fds
-    )
+    fds = guard.pass_fds if server is None else (*guard.pass_fds, server)
+    result = subprocess.run(argv, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, pass_fds=fds)
     if result.returncode != 0:
         raise _failure(target, folder, criu.keep_log(work / "dump.log", logs / f"checkpoint-{target.id}.log"), result.stderr)
+
+
+def lazy_options(server: int) -> dict[str, str]:
+    """CRIU's options of a lazy dump that serves its pages on a socket."""
+    return {"lazy-pages": "", "ps-socket": str(server)}
+
+
+def _is_crun(target: Target) -> bool:
+    return "crun" in Path(target.runtime).name
 
 
 def _failure(target: Target, folder: Path, log: Path, stderr: str) -> SmrError:
