@@ -22,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,6 +68,7 @@ def restore(call: RuntimeCall, spec: Spec, annotations: Annotations, config: Con
             preflight.compare(image.config, spec, annotations)
             image.check()
             delivery = pages.choose(image, annotations.pages)
+            externals = external_options(image, spec)
         prefetch = start_prefetch(config, image, state)
         stack.callback(stop_prefetch, prefetch)
         gpu = stack.enter_context(revival(image.config, spec, annotations, config))
@@ -81,7 +82,7 @@ def restore(call: RuntimeCall, spec: Spec, annotations: Annotations, config: Con
             with state.stage("gpu_check"):
                 gpu.check()
         with state.stage("create"):
-            run_restore(call, image, annotations, delivery, tool, state)
+            run_restore(call, image, annotations, delivery.options | externals, tool, state)
             state.record.pid = _pid(call, state)
             state.record.pid_started = procs.started(state.record.pid)
         state.save()
@@ -323,11 +324,20 @@ def criu_options(image: Image, annotations: Annotations) -> dict[str, str]:
     return options
 
 
+def external_options(image: Image, spec: Spec) -> dict[str, str]:
+    """What CRIU takes from this node in place of the driver's files of the other. Raises MOUNT_MISMATCH where there is none."""
+    if image.config.gpu is None:
+        return {}
+    from smr.shim.gpu.device_mounts import restore_externals
+
+    return restore_externals(image.config, spec)
+
+
 def run_restore(
-    call: RuntimeCall, image: Image, annotations: Annotations, delivery: Delivery, tool: Criu, state: ContainerState
+    call: RuntimeCall, image: Image, annotations: Annotations, more: Mapping[str, str], tool: Criu, state: ContainerState
 ) -> None:
-    """Run the real runtime's restore with the caller's stdio, which becomes the container's."""
-    options = criu_options(image, annotations) | delivery.options
+    """Run the real runtime's restore with the caller's stdio, which becomes the container's. `more`: options of CRIU."""
+    options = {**criu_options(image, annotations), **more}
     state.record.criu_options = tuple(sorted(options))
     config_file = state.work_dir / "criu.conf"
     by_flag = criu.RUNTIME_FLAGS | ({"lazy-pages"} if "runc" in Path(state.record.runtime).name else set())

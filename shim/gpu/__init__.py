@@ -10,7 +10,8 @@
     obstacles    what the driver cannot checkpoint, found before anything is paused
     prefault     memory made ready for what the driver brings out of a GPU
     inventory    the GPUs of this node (NVML)
-    devices      the GPUs, device nodes and mounts of a container, from its spec
+    devices      the GPUs of a container, from its spec
+    device_nodes, device_mounts    a restored container's, which are the new node's and never the image's
     remap        which GPU of the new container takes the place of which of the old
 
 Nothing here is imported for a container without a GPU, and nothing needs an NVIDIA library to be imported.

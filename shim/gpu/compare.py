@@ -33,7 +33,9 @@ def look(state: GpuState, spec: Spec | None, gpu_map: str, inventory: Inventory)
     """All findings, and the pairs as far as they could be made. Without a `spec`, of a container with the GPUs that fit best."""
     found = list(_driver(state, inventory))
     try:
-        new = gpus_of(spec, inventory) if spec is not None else best(state, inventory)
+        # The driver wants every GPU in the map that the processes can open, whether CUDA shows it to them or not.
+        there = [one.gpu.uuid for one in inventory.gpus]
+        new = gpus_of(spec, inventory, there) if spec is not None else best(state, inventory)
         pairs = remap.pairs(state.gpus, [one.gpu for one in new], gpu_map)
     except SmrError as error:
         return [*found, error], ()

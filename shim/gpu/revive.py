@@ -58,8 +58,9 @@ class Revival:
 
     def run(self, root_pid: int) -> Mapping[str, str]:
         """Give the stopped tree its GPUs; returns which took the place of which. Raises GPU_FAILED, GPU_MEMORY or TIMEOUT."""
-        from smr.shim.gpu import device_nodes
+        from smr.shim.gpu import device_mounts, device_nodes
 
+        device_mounts.check_restored(root_pid, self._image, self._spec)
         device_nodes.fix_devices(root_pid, parse_spec(self._image.spec), self._spec)
         pids = self._pids(root_pid)
         timeout_s = call_timeout_s(self._state, self._config)
