@@ -10,6 +10,7 @@ usage() {
 usage: install.sh [OPTION...]           install, or bring an installation up to these options
        install.sh --uninstall [--purge] take everything away again (the image store only with --purge)
        install.sh --criu-only --prefix DIR   only a private CRIU, in DIR/criu
+       install.sh --make-bundle FILE    pack what a node without a network needs; install there with --bundle FILE
 
   --dry-run             say what would be done and change nothing
   --prefix DIR          where SMR lives (default /opt/smr)
@@ -19,9 +20,10 @@ usage: install.sh [OPTION...]           install, or bring an installation up to 
   --criu PATH           a CRIU of 4.1 or newer (default: the machine's when it is new enough and works, else a private one of
                         Debian's packages)
   --runtime PATH        the real OCI runtime (default: runc, else crun)
-  --python PATH         Python 3.11 to 3.13 with venv (default: found on PATH)
+  --python PATH         Python 3.11 to 3.13 with venv (default: found on PATH); also 3.12 for python3.12
   --source DIR|WHEEL    the package to install (default: the folder of install.sh)
   --wheels DIR          take all Python packages from DIR and none from the network
+  --bundle FILE         take everything from a bundle and nothing from the network (its folder, when it is unpacked already)
   --cache DIR           keep and reuse downloads there
   --mirror ADDRESS      Debian archive for CRIU (default: those of the machine's apt sources)
   --containerd-config FILE  (default /etc/containerd/config.toml)
@@ -29,13 +31,16 @@ usage: install.sh [OPTION...]           install, or bring an installation up to 
   --force               uninstall though containers run that need SMR
   --root DIR            put everything outside the prefix below DIR (for building images, and for tests)
 
+For --make-bundle: --python 3.12 for the nodes' Python (repeat it; default 3.11, 3.12 and 3.13), --prefix DIR for the nodes' prefix,
+--with-runc to add a runc for nodes that have neither runc nor crun; --source, --wheels, --cache and --mirror as above.
+
 --default-runtime, --engines, --criu, --runtime and --containerd-config hold for later runs too, until given again (--criu and
 --runtime also take auto).
 TEXT
 }
 
 HERE=$(cd "$(dirname "$0")" && pwd)
-PREFIX=/opt/smr ROOT='' DRY='' MIRROR='' CACHE='' SOURCE=$HERE WHEELS='' PYTHON=''
+PREFIX=/opt/smr ROOT='' DRY='' MIRROR='' CACHE='' SOURCE=$HERE WHEELS='' PYTHON='' BUNDLE='' PYTHONS='' with_runc='' source_name=''
 verb=install purge='' force='' restart='' engines='' criu='' runtime='' default_runtime='' containerd_config=''
 
 die_usage() {
@@ -49,7 +54,8 @@ while [ $# -gt 0 ]; do
     option=$1
     case $option in
         --*=*) value=${option#*=} option=${option%%=*} ;;
-        --prefix | --engines | --criu | --runtime | --python | --source | --wheels | --cache | --mirror | --containerd-config | --root)
+        --prefix | --engines | --criu | --runtime | --python | --source | --wheels | --cache | --mirror | --containerd-config | --root | \
+            --bundle | --make-bundle)
             [ $# -gt 1 ] || die_usage "$option needs a value"
             shift
             value=$1
@@ -64,6 +70,9 @@ while [ $# -gt 0 ]; do
         --dry-run) DRY=1 ;;
         --uninstall) verb=uninstall ;;
         --criu-only) verb=criu_only ;;
+        --make-bundle) verb=make_bundle bundle_file=$(absolute "$value") ;;
+        --bundle) BUNDLE=$(absolute "$value") ;;
+        --with-runc) with_runc=1 ;;
         --purge) purge=1 ;;
         --force) force=1 ;;
         --restart) restart=1 ;;
@@ -73,7 +82,12 @@ while [ $# -gt 0 ]; do
         --root) ROOT=$(absolute "$value") ;;
         --criu) criu=$(absolute "$value") ;;
         --runtime) runtime=$(absolute "$value") ;;
-        --python) PYTHON=$value ;;
+        --python)
+            case $value in
+                3.[0-9] | 3.[0-9][0-9]) PYTHONS="$PYTHONS $value" PYTHON=python$value ;;
+                *) PYTHON=$value ;;
+            esac
+            ;;
         --source) SOURCE=$(absolute "$value") ;;
         --wheels) WHEELS=$(absolute "$value") ;;
         --cache) CACHE=$(absolute "$value") ;;
@@ -95,6 +109,8 @@ export TMPDIR="$TMP" # what pip and others leave when they are killed goes with 
 . "$HERE/deploy/transaction.sh"
 # shellcheck source=deploy/criu.sh
 . "$HERE/deploy/criu.sh"
+# shellcheck source=deploy/bundle.sh
+. "$HERE/deploy/bundle.sh"
 
 child=''
 # shellcheck disable=SC2329  # called by the trap
@@ -192,6 +208,11 @@ find_runtime() {
             case $(readlink -f "$runtime") in "$PREFIX"/*) runtime='' ;; *) break ;; esac
         done
     fi
+    if [ -z "$runtime" ] && { [ -d "$PREFIX/runc" ] || [ -d "${BUNDLE:-/nowhere}/runc" ]; }; then
+        runtime=$PREFIX/runc/sbin/runc
+        say "OCI runtime: $runtime, the bundle's"
+        return 0
+    fi
     [ -n "$runtime" ] || fail "no OCI runtime found: apt-get install runc, or give --runtime PATH"
     "$runtime" --version >"$TMP/version" 2>&1 || fail "$runtime --version fails: not an OCI runtime"
     say "OCI runtime: $runtime ($(head -n 1 "$TMP/version"))"
@@ -202,14 +223,18 @@ check_criu() { # PROGRAM
 }
 
 private_criu_wanted() {
-    if [ -f "$PREFIX/criu/.smr-id" ] && [ "$(cat "$PREFIX/criu/.smr-id")" = "$(lock_id)" ] && [ -n "$(criu_version "$PREFIX/criu/sbin/criu")" ]; then
+    if [ -f "$PREFIX/criu/.smr-id" ] && [ "$(cat "$PREFIX/criu/.smr-id")" = "$(bundled_id || lock_id)" ] && [ -n "$(criu_version "$PREFIX/criu/sbin/criu")" ]; then
         want_tree "$PREFIX/criu" '' ''
     elif [ -n "$DRY" ]; then
         want_tree "$PREFIX/criu" "$TMP/none" "CRIU of Debian $SUITE with its own libraries"
     else
-        say "fetching CRIU of Debian $SUITE"
         journal "new$TAB$STATE/criu.new"
-        private_criu "$STATE/criu.new" "$PREFIX/criu"
+        if [ -n "$BUNDLE" ]; then
+            cp -R "$BUNDLE/criu/$SUITE" "$STATE/criu.new"
+        else
+            say "fetching CRIU of Debian $SUITE"
+            private_criu "$STATE/criu.new" "$PREFIX/criu"
+        fi
         want_tree "$PREFIX/criu" "$STATE/criu.new" "CRIU of Debian $SUITE with its own libraries"
     fi
     criu=$PREFIX/criu/sbin/criu
@@ -272,11 +297,11 @@ provide_package() {
     if [ "$(cat "$PREFIX/venv/.smr-id" 2>/dev/null)" = "$id" ] && "$PREFIX/venv/bin/python" -I -c 'import smr.shim.register' 2>/dev/null; then
         want_tree "$PREFIX/venv" '' ''
     elif [ -n "$DRY" ]; then
-        want_tree "$PREFIX/venv" "$TMP/none" "Python package from $SOURCE"
+        want_tree "$PREFIX/venv" "$TMP/none" "Python package from ${source_name:-$SOURCE}"
     else
-        say "installing the Python package from $SOURCE with $PYTHON"
+        say "installing the Python package from ${source_name:-$SOURCE} with $PYTHON"
         build_venv
-        want_tree "$PREFIX/venv" "$STATE/venv.new" "Python package from $SOURCE"
+        want_tree "$PREFIX/venv" "$STATE/venv.new" "Python package from ${source_name:-$SOURCE}"
         "$PREFIX/venv/bin/python" -I -c 'import smr.shim.register' || fail "the installed package does not load"
     fi
 }
@@ -334,10 +359,12 @@ finish() {
 
 install_all() {
     settle_options
+    [ -z "$BUNDLE" ] || open_bundle
     find_python needed
     find_engines
     find_runtime
     begin
+    provide_runc
     provide_criu
     provide_package
     mkdir "$TMP/stage"
@@ -354,6 +381,7 @@ install_all() {
 }
 
 criu_only() {
+    [ -z "$BUNDLE" ] || open_bundle
     begin
     private_criu_wanted
     commit
@@ -399,4 +427,5 @@ case $verb in
     install) install_all ;;
     uninstall) uninstall ;;
     criu_only) criu_only ;;
+    make_bundle) make_bundle "$bundle_file" ;;
 esac

@@ -121,10 +121,10 @@ find_libraries() { # sets loader and libraries for the unpacked tree
     libraries=$(dirname "$(find "$TMP/tree" -name 'libc.so.6' | head -n 1)")
 }
 
-collect() { # DEST: criu and all the libraries that it needs, directly or not
+collect() { # DEST [PROGRAM]: criu, or that, and all the libraries that it needs, directly or not
     mkdir -p "$1/sbin" "$1/lib"
-    cp "$TMP/tree/usr/sbin/criu" "$1/sbin/criu"
-    queue="$1/sbin/criu"
+    cp "$TMP/tree/usr/sbin/${2:-criu}" "$1/sbin/${2:-criu}"
+    queue="$1/sbin/${2:-criu}"
     while [ -n "$queue" ]; do
         next=''
         for file in $queue; do
@@ -140,17 +140,21 @@ collect() { # DEST: criu and all the libraries that it needs, directly or not
 
 private_criu() { # DEST FINAL: builds in DEST what will run from FINAL
     unpack_debs
+    privately "$1" "$2" criu
+    lock_id >"$1/.smr-id"
+}
+
+privately() { # DEST FINAL PROGRAM: of the unpacked tree, with its own loader and libraries
     find_libraries
-    collect "$1"
+    collect "$1" "$3"
     cp -L "$loader" "$1/lib/"
     # shellcheck disable=SC2016  # $ORIGIN is the loader's
-    tree_patchelf --set-interpreter "$2/lib/${loader##*/}" --force-rpath --set-rpath '$ORIGIN/../lib' "$1/sbin/criu"
+    tree_patchelf --set-interpreter "$2/lib/${loader##*/}" --force-rpath --set-rpath '$ORIGIN/../lib' "$1/sbin/$3"
     # shellcheck disable=SC2016
     for library in "$1"/lib/*; do
         case ${library##*/} in libc.so.6 | ld-linux*) ;; *) tree_patchelf --force-rpath --set-rpath '$ORIGIN' "$library" ;; esac
     done
-    chmod 0755 "$1" "$1/sbin" "$1/lib" "$1/sbin/criu"
-    lock_id >"$1/.smr-id"
+    chmod 0755 "$1" "$1/sbin" "$1/lib" "$1/sbin/$3"
 }
 
 lock_id() { awk -v arch="$ARCH" '$1 !~ /^#/ && $3 == arch' "$LOCK" | sha256sum | cut -d' ' -f1; }
