@@ -70,7 +70,10 @@ class CallTime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Outcome:
-    """What came of a call for a process. `error`: why it failed; `lost`: it did not return, and may still be at work."""
+    """What came of a call for a process. `error`: why it failed; `lost`: it did not return, and may still be at work.
+
+    `late`: because its time was over, and not because the helper was killed.
+    """
 
     pid: int
     value: int = 0
@@ -78,6 +81,7 @@ class _Outcome:
     error: str = ""
     number: int = 0
     lost: bool = False
+    late: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -171,20 +175,29 @@ class Session:
         todo = list(pids)
         outcomes = self._call("state", todo, STATE_S)
         if all(not one.error and one.value == CudaState.LOCKED for one in outcomes.values()):
-            outcomes = self._call("checkpoint", todo, timeout_s, stopped=stopped, expected_bytes=expected_bytes)
+            more = {"expected_bytes": dict(expected_bytes or {})}
+            outcomes = self._call("checkpoint", todo, timeout_s, stopped=stopped, more=more)
         else:
             outcomes = {pid: _not_locked(one) for pid, one in outcomes.items()}
         return self._all_or_back("checkpoint", todo, outcomes, timeout_s, stopped=stopped)
 
     def restore(
-        self, pids: Iterable[int], timeout_s: float, pairs: Sequence[GpuPair] = (), stopped: bool = False
+        self,
+        pids: Iterable[int],
+        timeout_s: float,
+        pairs: Sequence[GpuPair] = (),
+        stopped: bool = False,
+        gates: Mapping[int, Sequence[tuple[int, int]]] | None = None,
     ) -> dict[int, float]:
         """Bring the GPU memory of checkpointed processes back, all in parallel; they are locked then.
 
-        `pairs`: empty, or one for each GPU of the checkpoint. Raises SmrError GPU_MEMORY, TIMEOUT or GPU_FAILED.
+        `pairs`: empty, or one for each GPU of the checkpoint. `gates`: memory of a process that is not there yet and will be
+        (smr.shim.gpu.gate), with `stopped` only. Raises SmrError GPU_MEMORY, TIMEOUT or GPU_FAILED.
         """
         todo = list(pids)
-        return self._all_or_error("restore", todo, self._call("restore", todo, timeout_s, stopped=stopped, pairs=pairs))
+        more = {"gates": {pid: [list(one) for one in found] for pid, found in (gates or {}).items()}}
+        outcomes = self._call("restore", todo, timeout_s, stopped=stopped, pairs=pairs, more=more)
+        return self._all_or_error("restore", todo, outcomes)
 
     def unlock(self, pids: Iterable[int], timeout_s: float, stopped: bool = False) -> dict[int, float]:
         """CUDA calls of locked processes go on; with `stopped` as soon as they are continued. Raises TIMEOUT or GPU_FAILED."""
@@ -262,7 +275,7 @@ class Session:
         driver_s: float = 0.0,
         stopped: bool = False,
         pairs: Sequence[GpuPair] = (),
-        expected_bytes: Mapping[int, int] | None = None,
+        more: Mapping[str, object] | None = None,
     ) -> dict[int, _Outcome]:
         """One call for all processes at once. Every process has an outcome; raises only when there is no helper to be had."""
         if not pids:
@@ -273,7 +286,7 @@ class Session:
         self._mend()
         words = [[pair.old, pair.new] for pair in pairs]
         members = {"pids": list(pids), "timeout_s": driver_s, "stopped": stopped, "pairs": words}
-        return self._ask(call, pids, timeout_s, {**members, "expected_bytes": dict(expected_bytes or {})})
+        return self._ask(call, pids, timeout_s, {**members, **(more or {})})
 
     def _mend(self) -> None:
         """Give the threads that a killed helper left with blocked signals their masks back."""
@@ -296,11 +309,11 @@ class Session:
                     self._bury(pending)
                 elif reply.get("id") == pending.request:
                     self._take(pending, reply)
-            reason = f"it did not return within {timeout_s:g} s"
+            reason, late = f"it did not return within {timeout_s:g} s", True
         except HelperGoneError as error:
-            reason = error.message
+            reason, late = error.message, False
         for pid in tuple(pending.waiting):
-            self._settle(pending, _Outcome(pid=pid, seconds=timeout_s, error=reason, lost=True))
+            self._settle(pending, _Outcome(pid=pid, seconds=timeout_s, error=reason, lost=True, late=late))
         if any(one.lost for one in pending.done.values()):
             self._retire()
         return {pid: pending.done[pid] for pid in pids}
@@ -365,7 +378,7 @@ class Session:
             code, hint = Code.GPU_MEMORY, "'nvidia-smi' shows what uses the GPU: end it, or choose another with smr.gpu.map"
         elif first.number == NOT_READY and call == "lock":
             code, hint = Code.TIMEOUT, "work on the GPU does not end: quiesce the server first (smr.quiesce), or try again"
-        elif first.lost and self._same(first.pid):
+        elif first.late and self._same(first.pid):
             code = Code.TIMEOUT
         elif first.number == _NOT_SUPPORTED:
             hint = "it may hold peer-to-peer or shared memory (NCCL, CUDA IPC); 'dmesg', lines with NVRM, has more"

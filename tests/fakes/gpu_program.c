@@ -29,7 +29,7 @@ enum { WORDS = 1 << 19, BYTES = WORDS * 8, MOST_FILES = 64 };
 
 static volatile uint64_t *slots;
 static uint64_t *memory, *saved, seed, sum;
-static volatile int held;
+static volatile int held, away;
 static int files[MOST_FILES], opened;
 static pthread_mutex_t using = PTHREAD_MUTEX_INITIALIZER;
 
@@ -46,9 +46,9 @@ static char *name_of(char *out, const char *what)
 
 static void write_text(const char *what, const char *text)
 {
-	char name[64];
-	int fd = open(name_of(name, what), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
-	if (fd < 0 || write(fd, text, strlen(text)) < 0)
+	char name[64], temporary[64];
+	int fd = open(name_of(temporary, "new"), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+	if (fd < 0 || write(fd, text, strlen(text)) < 0 || rename(temporary, name_of(name, what)) < 0)
 		abort();
 	close(fd);
 }
@@ -98,7 +98,9 @@ static void open_devices(void)
 
 static void take_part(const char *call)
 {
-	if (call[0] == 'c') {
+	// One that does not fit comes from a caller that did not know of another's that was under way.
+	if (call[0] == 'c' && !away) {
+		away = 1;
 		pthread_mutex_lock(&using);
 		held = 1;
 		saved = map();
@@ -109,7 +111,8 @@ static void take_part(const char *call)
 		slots[OPEN] = 0;
 		slots[CHECKPOINTS]++;
 		pthread_mutex_unlock(&using);
-	} else if (call[0] == 'r') {
+		write_text("state", "2");
+	} else if (call[0] == 'r' && away) {
 		slots[TICKS_AT_RESTORE] = slots[TICKS];
 		open_devices();
 		memory = map();
@@ -117,15 +120,18 @@ static void take_part(const char *call)
 		munmap(saved, BYTES);
 		slots[BAD] += total() != sum || memory[0] != slots[USES];
 		slots[RESTORES]++;
-	} else {
+		away = 0;
+		write_text("state", "1");
+	} else if (call[0] == 'u' && !away) {
 		slots[UNLOCKS]++;
 		held = 0;
+		write_text("state", "0");
 	}
 }
 
 static void *restore(void *unused)
 {
-	char ask[64], answer[64], call[16] = "";
+	char ask[64], taken[64], answer[64], call[16] = "";
 	(void)unused;
 	sprintf(call, "%d", gettid());
 	write_text("thread", call);
@@ -133,16 +139,17 @@ static void *restore(void *unused)
 	write_text("state", "0");
 	slots[READY] = 1;
 	name_of(ask, "ask");
+	name_of(taken, "taken");
 	name_of(answer, "answer");
 	for (;; nap()) {
-		int fd = open(ask, O_RDONLY | O_CLOEXEC);
-		if (fd < 0)
+		if (rename(ask, taken) < 0)
 			continue;
-		if (read(fd, call, sizeof(call) - 1) <= 0)
+		int fd = open(taken, O_RDONLY | O_CLOEXEC);
+		if (fd < 0 || read(fd, call, sizeof(call) - 1) <= 0)
 			abort();
 		close(fd);
 		take_part(call);
-		rename(ask, answer);
+		rename(taken, answer);
 	}
 }
 

@@ -132,6 +132,13 @@ static void set_state(int pid, int state)
 	write_text(name, text);
 }
 
+// A process of a container's keeps its own state when it takes part, so that a caller that is killed cannot leave it wrong.
+static int sets_itself(int pid)
+{
+	char name[512];
+	return own(name, sizeof(name), pid, "asks") != pid && access(name, F_OK) == 0;
+}
+
 // The fault that is asked for: a CUresult to return, or -1 to go on; -2 to go on and then never return.
 static int fault(const char *call, int pid)
 {
@@ -176,7 +183,9 @@ static int asked(int pid, const char *call)
 	unlink(answer);
 	own(name, sizeof(name), pid, "ask");
 	write_text(name, call);
-	while (access(answer, F_OK) < 0) {
+	char text[32] = "";
+	// Another's call may still be under way, whose caller was killed.
+	while (read_text(answer, text, sizeof(text)) < 0 || strcmp(text, call)) {
 		if (!alive(pid))
 			return OPERATING_SYSTEM;
 		sleep_ms(1);
@@ -193,7 +202,9 @@ __attribute__((unused)) static int change(const char *call, int pid, int from, i
 	if (result < 0) {
 		int state = state_of(pid);
 		result = state < 0 ? INVALID_VALUE : state != from ? ILLEGAL_STATE : asks ? asked(pid, call) : OK;
-		if (result == OK)
+		if (result == OK && asks && sets_itself(pid))
+			result = state_of(pid) == to ? OK : ILLEGAL_STATE;
+		else if (result == OK)
 			set_state(pid, to);
 	}
 	while (hangs)

@@ -140,9 +140,9 @@ class GpuNode:
         """The node's."""
         (self.fake / "gpus").write_text("\n".join([driver, *(gpu.line() for gpu in gpus), ""]))
 
-    def fault(self, call: str, words: str, pid: int = 1) -> None:
+    def fault(self, call: str, words: str, inner: int = 1) -> None:
         """What `call` does for a process, named by its pid in its container: see libcuda.c."""
-        (self.fake / f"fault.{call}.ns{pid}").write_text(words)
+        (self.fake / f"fault.{call}.ns{inner}").write_text(words)
 
     def mend(self) -> None:
         """No faults any more, and nothing held."""
@@ -181,7 +181,7 @@ class GpuNode:
         """A container that runs, cold; the host pid of its first process."""
         self.runc.create(name, self.bundle(name, *words, gpus=gpus), bare=True)
         self.runc("start", name, bare=True)
-        return self.ready(name, 2 if {"second", "forked"} & set(words) else 1)
+        return self.ready(name, 1 + len({"second", "forked"} & set(words)))
 
     def ready(self, name: str, processes: int = 1) -> int:
         """Wait for its processes, and tell NVML of them."""
@@ -213,10 +213,14 @@ class GpuNode:
         return [pid, *(int(word) for word in words)]
 
     @staticmethod
-    def own(pid: int, what: str) -> Path:
-        """A file of a process's in the driver's folder of its container."""
+    def inner(pid: int) -> int:
+        """A process's pid in its container."""
         line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("NSpid:"))
-        return Path(f"/proc/{pid}/root/fake-cuda/{line.split()[-1]}.{what}")
+        return int(line.split()[-1])
+
+    def own(self, pid: int, what: str) -> Path:
+        """A file of a process's in the driver's folder of its container."""
+        return Path(f"/proc/{pid}/root/fake-cuda/{self.inner(pid)}.{what}")
 
     def counts(self, pid: int) -> Counts:
         """What a process has done."""
