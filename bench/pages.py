@@ -8,7 +8,8 @@ its pages, stopped; both are the same version of CRIU, on the same machine, one 
     cold          they are not; beside it the device's own rate for the same files, read past the page cache with as many threads
     compressed    cold, the memory is bf16 weights and the segments are compressed
     lazy          SMR's page server: from its start until the process has answered a request; stock, filled and then asked
-    split         what splitting adds to a dump
+    dump          how long a process waits: stock CRIU's dump, and a lazy dump whose pages are taken from the process itself
+    split         what splitting adds to a stock dump
     many          ten restores of one image of 1 GiB at once, against one of N GiB
 
     {"machine": {..}, "criu": "4.3", "cases": [{"strategy": "fill", "source": "warm", "size_gib": 4, "stock_s": .., "smr_s": ..,
@@ -40,11 +41,12 @@ from pathlib import Path
 
 from bench.machine import describe
 from bench.overhead import find_criu
+from bench.pages_dump import live
 from bench.pages_files import device_gb_per_s, drop, threads, warm
 from bench.pages_restore import Bench, Image, Row, workers
 from smr.proto.errors import SmrError
 
-CASES = ("warm", "cold", "compressed", "lazy", "split", "many")
+CASES = ("dump", "warm", "cold", "compressed", "lazy", "split", "many")
 MANY = 10
 MANY_GIB = 1
 
@@ -84,10 +86,10 @@ def _drop_and_measure(paths: Sequence[Path]) -> float | None:
 
 
 def measure_fill(bench: Bench, size_gib: float, cases: Sequence[str]) -> Iterator[Row]:
-    """warm, cold, split, lazy: of memory that does not compress."""
+    """dump, split, warm, cold, lazy: of memory that does not compress."""
     with bench.process(size_gib, "random") as image:
-        if "split" in cases:
-            yield measure_split(bench, image)
+        if {"dump", "split"}.intersection(cases):
+            yield from measure_dumps(bench, image, cases)
         bench.dump(image)
         stock = {
             source: bench.restores(image, "stock", warm if source == "warm" else drop)
@@ -131,24 +133,47 @@ def measure_lazy(bench: Bench, image: Image, stock: Sequence[Row]) -> Row:
     }
 
 
-def measure_split(bench: Bench, image: Image) -> Row:
-    """Dumps of a process that goes on, each split."""
-    dumps, splits = [], []
+def measure_dumps(bench: Bench, image: Image, cases: Sequence[str]) -> Iterator[Row]:
+    """Dumps of a process that goes on: by stock CRIU, each split; and with the pages taken from the process."""
+    stock, ours, failed = [], [], ""
     for _ in range(bench.runs):
         bench.dump(image, "--leave-running")
-        dumps.append(image.dump_s)
-        splits.append(bench.split(image))
+        stock.append({"s": image.dump_s, "split_s": bench.split(image)})
         shutil.rmtree(image.folder / "segments")
-    dump_s, split_s = statistics.median(dumps), statistics.median(splits)
-    rate = round(image.memory_bytes / split_s / 1e9, 2)
-    row = {
-        "strategy": "split",
-        "size_gib": image.size_gib,
-        "dump_s": round(dump_s, 3),
-        "split_s": round(split_s, 3),
-        "gb_per_s": rate,
-    }
-    return {**row, "more_than_dump_s": round(split_s - dump_s, 3), "split_runs_s": [round(run, 3) for run in splits]}
+        if "dump" in cases and not failed:
+            try:
+                ours.append(live(bench, image))
+                shutil.rmtree(image.folder / "segments")
+            except RuntimeError as error:
+                failed = f"{error}: too few open files? ulimit -Hn, and sysctl fs.pipe-max-size=4194304"
+    dump_s, split_s = _median(stock, "s"), _median(stock, "split_s")
+    if failed:
+        yield {"strategy": "dump", "size_gib": image.size_gib, "skipped": failed}
+    elif "dump" in cases:
+        smr_s, all_s = _median(ours, "s"), _median(ours, "all_s")
+        yield {
+            "strategy": "dump",
+            "size_gib": image.size_gib,
+            "stock_s": round(dump_s, 3),
+            "smr_s": round(smr_s, 3),
+            "ratio": round(dump_s / smr_s, 2),
+            "gb_per_s": round(image.memory_bytes / smr_s / 1e9, 2),
+            "criu_s": round(_median(ours, "criu_s"), 3),
+            "stock_and_split_s": round(_median([{"s": run["s"] + run["split_s"]} for run in stock], "s"), 3),
+            "smr_and_hash_s": round(all_s, 3),
+            "stock_runs_s": [round(run["s"], 3) for run in stock],
+            "smr_runs_s": [round(run["s"], 3) for run in ours],
+        }
+    if "split" in cases:
+        yield {
+            "strategy": "split",
+            "size_gib": image.size_gib,
+            "dump_s": round(dump_s, 3),
+            "split_s": round(split_s, 3),
+            "gb_per_s": round(image.memory_bytes / split_s / 1e9, 2),
+            "more_than_dump_s": round(split_s - dump_s, 3),
+            "split_runs_s": [round(run["split_s"], 3) for run in stock],
+        }
 
 
 def measure_compressed(bench: Bench, size_gib: float) -> Row:
@@ -207,7 +232,7 @@ def _median(runs: Sequence[Row], key: str) -> float:
 def measure(bench: Bench, size_gib: float, cases: Sequence[str]) -> Iterator[Row]:
     """The rows of all the cases."""
     one: float | None = None
-    if {"warm", "cold", "lazy", "split"}.intersection(cases):
+    if {"dump", "warm", "cold", "lazy", "split"}.intersection(cases):
         for row in measure_fill(bench, size_gib, cases):
             one = row["gb_per_s"] if (row["strategy"], row.get("source")) == ("fill", "warm") else one
             yield row

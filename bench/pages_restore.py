@@ -18,7 +18,7 @@ from typing import Any
 
 from bench.overhead import REPOSITORY
 from bench.pages_process import PAGE_BYTES, Content
-from smr.images.split import split
+from smr.images.split import Split, split
 
 _ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))}
 Row = dict[str, Any]
@@ -109,6 +109,13 @@ class Image:
         """Size of the segments."""
         return sum(path.stat().st_size for path in self.segments)
 
+    def set_split(self, result: Split) -> None:
+        """It has been split; the segments lie where it says."""
+        self.table = self.folder / "table"
+        self.table.write_bytes(result.table.to_bytes())
+        self.segments = [segment.path for segment in result.segments]
+        self.memory_bytes = result.table.memory_bytes
+
     def order(self, criu: str, strategy: str, number: int = 0, *, ask: bool = True) -> Row:
         """Tells a worker to restore it."""
         return {
@@ -153,7 +160,7 @@ class Bench:
             process.wait()
             shutil.rmtree(folder)
 
-    def dump(self, image: Image, *options: str) -> None:
+    def dump(self, image: Image, *options: str, pass_fds: Sequence[int] = ()) -> None:
         """Have CRIU dump it."""
         shutil.rmtree(image.images, ignore_errors=True)
         image.images.mkdir()
@@ -172,7 +179,7 @@ class Bench:
             *options,
         ]
         begin = time.perf_counter()
-        done = subprocess.run(argv, capture_output=True, text=True, check=False)
+        done = subprocess.run(argv, capture_output=True, text=True, check=False, pass_fds=pass_fds)
         image.dump_s = time.perf_counter() - begin
         if done.returncode:
             log = (image.folder / "dump.log").read_text(errors="replace").splitlines()
@@ -186,10 +193,7 @@ class Bench:
         begin = time.perf_counter()
         result = split(image.images, out, compress=compress)
         took = time.perf_counter() - begin
-        image.table = image.folder / "table"
-        image.table.write_bytes(result.table.to_bytes())
-        image.segments = [segment.path for segment in result.segments]
-        image.memory_bytes = result.table.memory_bytes
+        image.set_split(result)
         return took
 
     def restores(self, image: Image, strategy: str, prepare: Callable[[Sequence[Path]], object]) -> list[Row]:

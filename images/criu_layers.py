@@ -14,15 +14,16 @@ from smr.images.criutar import is_criu_image, pack
 from smr.images.image import Image
 from smr.images.ingest import Ingest
 from smr.images.segments import page_table, segment_paths
-from smr.images.split import split
+from smr.images.split import Split, split
 from smr.proto.checkpoint import LayerType
 
 
-def add_criu_layers(folder: Path, ingest: Ingest, *, compress: bool = False) -> None:
-    """Split the dump in `folder`, which is used up, and hand all of it to `ingest`. Raises IMAGE_CORRUPT, DISK_FULL."""
-    segments = ingest.path / "segments"
-    segments.mkdir(mode=0o700)
-    result = split(folder, segments, compress=compress)
+def add_criu_layers(folder: Path, ingest: Ingest, *, compress: bool = False, done: Split | None = None) -> None:
+    """Split the dump in `folder`, which is used up, and hand all of it to `ingest`; `done`: it was split already.
+
+    Raises IMAGE_CORRUPT, DISK_FULL.
+    """
+    result = done if done is not None else split(folder, segments_folder(ingest), compress=compress)
     for segment in result.segments:
         ingest.add(segment.path, LayerType.SEGMENT, digest=segment.digest)
     if result.segments:
@@ -34,6 +35,13 @@ def add_criu_layers(folder: Path, ingest: Ingest, *, compress: bool = False) -> 
     tar = ingest.path / "criu.tar"
     pack((file for file in sorted(folder.iterdir()) if is_criu_image(file.name)), tar)
     ingest.add(tar, LayerType.CRIU)
+
+
+def segments_folder(ingest: Ingest) -> Path:
+    """The directory of `ingest` for the segments of a dump."""
+    folder = ingest.path / "segments"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
 
 
 def whole_directory(image: Image, parent: Path) -> TemporaryDirectory[str]:

@@ -14,6 +14,7 @@ restored, and that nothing but the process writes to before it runs. What is not
 - pages that a child has in common with its parent. CRIU makes them common again by comparing, in VMAs that coincide
   (check_cow_vmas and restore_priv_vma_content in criu/mem.c), and needs both to do so. Where they differ they are ours.
 
+Of a lazy dump, the pages of which are still in their processes, the same: only those that CRIU left out can be ours.
 Addresses and lengths are in pages of 4096 bytes.
 """
 
@@ -21,12 +22,15 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from smr.images.criu_files import read_messages
+from smr.images.live import Live
 from smr.images.pagemap import Entry, Pagemap, read_pagemap, read_vmas
 from smr.images.pagetable import PAGE_BYTES
 from smr.images.spans import Span, intersect, overlaps, subtract, union
@@ -41,6 +45,7 @@ _GROWSDOWN, _LOCKED, _HUGETLB = 0x100, 0x2000, 0x40000
 _REGULAR, _HEAP, _ANON_PRIVATE = 1 << 0, 1 << 5, 1 << 9
 _RSEQ_BYTES = 32
 _COMPARE_PAGES = 512
+_THREADS = 16
 
 
 @dataclass(slots=True, kw_only=True)
@@ -68,15 +73,19 @@ class Memory:
             yield _part(entries[i], (begin, end))
 
 
-def choose(folder: Path) -> list[Memory]:
-    """The processes of a dump, each with the pages that SMR may deliver. Raises IMAGE_CORRUPT for images that do not fit."""
-    tasks = list(read_messages(folder / "pstree.img", images_pb2.PstreeEntry))
-    found = {task.pid: _memory(folder, task) for task in tasks if (folder / f"pagemap-{task.pid}.img").exists()}
+def choose(folder: Path, live: Live | None = None) -> list[Memory]:
+    """The processes of a dump, each with the pages that SMR may deliver; `live`: of a lazy dump.
+
+    Raises IMAGE_CORRUPT for images that do not fit.
+    """
+    found = {memory.pid: memory for memory in read_memories(folder)}
     for memory in found.values():
-        memory.moved = _eligible(memory)
+        memory.moved = _eligible(memory, lazy=live is not None)
     # All comparisons before any page is taken out: a grandchild compares with what its parent had.
     common = [
-        (memory, found[memory.ppid], _common(memory, found[memory.ppid])) for memory in found.values() if memory.ppid in found
+        (memory, found[memory.ppid], _common(memory, found[memory.ppid], live))
+        for memory in found.values()
+        if memory.ppid in found
     ]
     for child, parent, spans in common:
         child.moved, parent.moved = subtract(child.moved, spans), subtract(parent.moved, spans)
@@ -85,6 +94,12 @@ def choose(folder: Path) -> list[Memory]:
         if memory.moved and not any(True for _ in memory.kept_entries()):
             del memory.moved[0]  # CRIU takes no pagemap without an entry
     return list(found.values())
+
+
+def read_memories(folder: Path) -> list[Memory]:
+    """The processes of a dump, nothing chosen. Raises IMAGE_CORRUPT."""
+    tasks = read_messages(folder / "pstree.img", images_pb2.PstreeEntry)
+    return [_memory(folder, task) for task in tasks if (folder / f"pagemap-{task.pid}.img").exists()]
 
 
 def may_move(vma: images_pb2.VmaEntry) -> bool:
@@ -107,11 +122,22 @@ def _memory(folder: Path, task: images_pb2.PstreeEntry) -> Memory:
     return Memory(
         pid=task.pid,
         ppid=task.ppid,
-        pagemap=read_pagemap(folder / f"pagemap-{task.pid}.img"),
+        pagemap=_joined(read_pagemap(folder / f"pagemap-{task.pid}.img")),
         vmas=list(mm.vmas),
         kernels=union((page, page + 1) for page in _written_by_kernel(folder, task)),
         moved=[],
     )
+
+
+def _joined(pagemap: Pagemap) -> Pagemap:
+    """With what a lazy dump has left out in as few entries as can be: CRIU begins a new one with each of its pipes."""
+    entries: list[Entry] = []
+    for entry in pagemap.entries:
+        if entry.left_out and entries and (entries[-1].end, entries[-1].flags) == (entry.begin, entry.flags):
+            entries[-1] = replace(entries[-1], end=entry.end)
+        else:
+            entries.append(entry)
+    return replace(pagemap, entries=entries)
 
 
 def _written_by_kernel(folder: Path, task: images_pb2.PstreeEntry) -> Iterator[int]:
@@ -124,12 +150,12 @@ def _written_by_kernel(folder: Path, task: images_pb2.PstreeEntry) -> Iterator[i
             yield from range(area.rseq_abi_pointer // PAGE_BYTES, last // PAGE_BYTES + 1)
 
 
-def _eligible(memory: Memory) -> list[Span]:
+def _eligible(memory: Memory, *, lazy: bool) -> list[Span]:
     entries = memory.pagemap.entries
-    if not all(entry.present for entry in entries):
+    if not all(entry.present or (lazy and entry.left_out) for entry in entries):
         return []
     allowed = union(span_of(vma) for vma in memory.vmas if may_move(vma))
-    present = union((entry.begin, entry.end) for entry in entries)
+    present = union((entry.begin, entry.end) for entry in entries if entry.left_out or not lazy)
     return subtract(intersect(present, allowed), memory.kernels)
 
 
@@ -142,29 +168,39 @@ def _part(entry: Entry, span: Span) -> Entry:
     return Entry(span[0], span[1], entry.first + span[0] - entry.begin, entry.flags)
 
 
-def _common(child: Memory, parent: Memory) -> list[Span]:
+def _common(child: Memory, parent: Memory, live: Live | None) -> list[Span]:
     """Pages that CRIU will find equal in both."""
     parents = {vma.start: vma for vma in parent.vmas}
     coinciding = [span_of(vma) for vma in child.vmas if vma.start in parents and _coincide(vma, parents[vma.start])]
     # Only where one of them would be moved, the comparison matters.
     moved = intersect(coinciding, union([*child.moved, *parent.moved]))
     left, right = (_entries_in(memory.pagemap, moved) for memory in (child, parent))
-    pairs = list(overlaps([(entry.begin, entry.end) for entry in left], [(entry.begin, entry.end) for entry in right]))
-    if not pairs:
+    places = list(overlaps([(entry.begin, entry.end) for entry in left], [(entry.begin, entry.end) for entry in right]))
+    blocks = [
+        (at, min(_COMPARE_PAGES, end - at), left[i], right[j])
+        for begin, end, i, j in places
+        for at in range(begin, end, _COMPARE_PAGES)
+    ]
+    if not blocks:
         return []
+    if live is not None:
+        return _equal_in_processes(live, child.pid, parent.pid, [(at, at + count) for at, count, _, _ in blocks])
     found: list[Span] = []
     with ExitStack() as stack:
         one, other = (stack.enter_context(_Pages(memory.pagemap.pages_path)) for memory in (child, parent))
-        for begin, end, i, j in pairs:
-            for at in range(begin, end, _COMPARE_PAGES):
-                count = min(_COMPARE_PAGES, end - at)
-                mine, theirs = left[i].first + at - left[i].begin, right[j].first + at - right[j].begin
-                found += ((at + first, at + last) for first, last in _equal(one, mine, other, theirs, count))
+        for at, count, mine, theirs in blocks:
+            pages = _equal(one, mine.first + at - mine.begin, other, theirs.first + at - theirs.begin, count)
+            found += ((at + first, at + last) for first, last in pages)
     return union(found)
 
 
+def _equal_in_processes(live: Live, pid: int, other: int, blocks: Sequence[Span]) -> list[Span]:
+    with ThreadPoolExecutor(min(_THREADS, len(os.sched_getaffinity(0))), thread_name_prefix="smr-compare") as pool:
+        return union(span for spans in pool.map(lambda block: live.equal(pid, other, *block), blocks) for span in spans)
+
+
 def _entries_in(pagemap: Pagemap, spans: list[Span]) -> list[Entry]:
-    present = [entry for entry in pagemap.entries if entry.present]
+    present = [entry for entry in pagemap.entries if entry.present or entry.left_out]
     return [_part(present[i], (begin, end)) for begin, end, i, _ in overlaps([(e.begin, e.end) for e in present], spans)]
 
 

@@ -34,6 +34,11 @@ class Entry:
         """Whether the pages lie in the pages file, and not in a parent dump's."""
         return bool(self.flags & PE_PRESENT)
 
+    @property
+    def left_out(self) -> bool:
+        """Whether a lazy dump has left the pages in the process; `first` says nothing then."""
+        return self.flags & (PE_PRESENT | PE_LAZY) == PE_LAZY
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pagemap:

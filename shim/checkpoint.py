@@ -3,12 +3,14 @@
     quiesce     the container's own hook; clients wait from here
     gpu         GPU memory is brought into the memory of its processes
     freeze      the container's cgroup
-    dump        CRIU through the real runtime, leave-running; it thaws for the parasite and freezes again
+    dump        CRIU through the real runtime, leave-running; it thaws for the parasite and freezes again. The bulk of the pages
+                is read into segments beside it (smr.shim.lazydump)
+    pages       the rest of them
     rootfs      the overlay's upper directory as a layer, and the contents of /dev/shm
     thaw        the container runs again
     gpu_back    GPU memory goes back
     resume      the container's own hook; clients go on, `pause_s` ends here
-    split       the bulk of the pages into segments, hashed and deduplicated on the way
+    split       the bulk of the pages into segments, where they are in CRIU's files; layers are handed to the store
     commit      manifest, rename: the image exists from the last rename on, or not at all
 
 The container is frozen while its files are read, so they fit its memory. With `stop` it stays frozen until the commit and is
@@ -29,8 +31,10 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from smr.images.criu_layers import add_criu_layers, segments_folder
 from smr.images.image import Image
 from smr.images.ingest import Ingest
+from smr.images.livesplit import Taken
 from smr.images.store import Store
 from smr.proto.annotations import Tcp, check_reference
 from smr.proto.checkpoint import MOUNT_ANNOTATION, CheckpointConfig, Hooks, Host, LayerType, Source
@@ -38,10 +42,12 @@ from smr.proto.errors import Code, SmrError
 from smr.shim import cgroups, criu, inotify, network, preflight, procs
 from smr.shim.config import Config
 from smr.shim.criu import Criu
-from smr.shim.dump import dump, options, restore_options
+from smr.shim.dump import options, restore_options
 from smr.shim.engines import locate, runtime_state
 from smr.shim.engines.target import Target
+from smr.shim.gpu.device_mounts import dump_externals, hook_destinations
 from smr.shim.hold import Hold, Progress, Stages, held, hooks_of
+from smr.shim.lazydump import dump_pages
 from smr.shim.restore import external_destinations
 from smr.shim.rootfs import OverlayMount, overlay_of
 from smr.shim.run import run
@@ -131,16 +137,21 @@ class _Checkpoint:
         with Store(self.config.store).ingest() as ingest, held(self.target, self.config, self.hooks, stages) as hold:
             hold.quiesce()
             hold.take_gpu()
+            if hold.gpu is not None:
+                chosen = {**chosen, **dump_externals(self.target.pid, self.target.spec)}
             hold.freeze()
-            warnings = _capture(self.target, ingest, self.tool, chosen, hold, self.config.log.parent)
+            pages, warnings = _capture(
+                self.target, ingest, self.tool, chosen, hold, self.config.log.parent, compress=self.compress
+            )
             # While it holds still: afterwards it may open other sockets than those of the image, or end.
             addresses = _addresses(self.target)
             if not self.stop:
                 lost = _release(hold)
             with stages.stage("describe"):
                 facts = self._describe(ingest.path / "criu", addresses, hold)
+                facts = replace(facts, memory_bytes=pages.memory_bytes) if pages is not None else facts
             with stages.stage("split"):
-                _add_layers(self.target, ingest, compress=self.compress)
+                _add_layers(self.target, ingest, pages, compress=self.compress)
             with stages.stage("commit"):
                 image = ingest.commit(name, facts)
             if self.stop:
@@ -159,6 +170,9 @@ class _Checkpoint:
             tasks=tuple(replace(task, stopped=True) if task.pid in halted else task for task in facts.tasks),
             pause_s=hold.pause_s(),
             stages_s=dict(self.stages.seconds),
+            external_mounts=(*facts.external_mounts, *hook_destinations(self.target.pid, self.target.spec))
+            if hold.gpu
+            else facts.external_mounts,
             gpu=hold.gpu.state if hold.gpu else None,
             hooks=self.hooks,
         )
@@ -185,16 +199,24 @@ def _lost(target: Target, image: Image, error: SmrError) -> SmrError:
     )
 
 
-def _capture(target: Target, ingest: Ingest, tool: Criu, chosen: Mapping[str, str], hold: Hold, logs: Path) -> tuple[str, ...]:
-    """Everything that needs the container to hold still; returns warnings. CRIU's log of a failure is kept in `logs`."""
+def _capture(
+    target: Target, ingest: Ingest, tool: Criu, chosen: Mapping[str, str], hold: Hold, logs: Path, *, compress: bool
+) -> tuple[Taken | None, tuple[str, ...]]:
+    """Everything that needs the container to hold still; returns pages that are not CRIU's to dump, and warnings.
+
+    CRIU's log of a failure is kept in `logs`.
+    """
     folder = ingest.path / "criu"
     folder.mkdir(mode=0o700)
     overlay = overlay_of(target.rootfs)
-    with hold.stages.stage("dump"):
-        dump(target, folder, ingest.path / "work", chosen, tool, hold.guard, logs)
+    out, stage = segments_folder(ingest), hold.stages.stage
+    pages = dump_pages(
+        target, folder, ingest.path / "work", chosen, tool, hold.guard, logs, out=out, compress=compress, stage=stage
+    )
     with hold.stages.stage("rootfs"):
         _capture_files(target, overlay, ingest.path)
-    return () if overlay is not None or target.spec.rootfs_readonly else (_NO_OVERLAY.format(target.rootfs),)
+    unread = "" if overlay is not None or target.spec.rootfs_readonly else _NO_OVERLAY.format(target.rootfs)
+    return pages.taken, tuple(warning for warning in (unread, pages.why) if warning)
 
 
 def end_frozen(target: Target, thaw: Callable[[], None]) -> None:
@@ -227,11 +249,9 @@ def _external_shm(target: Target) -> Path | None:
     return sources[0] if sources and sources[0] != Path(_SHM) and sources[0].is_dir() else None
 
 
-def _add_layers(target: Target, ingest: Ingest, *, compress: bool) -> None:
+def _add_layers(target: Target, ingest: Ingest, pages: Taken | None, *, compress: bool) -> None:
     """Hand the captured files to the store, the pages as segments."""
-    from smr.images.criu_layers import add_criu_layers
-
-    add_criu_layers(ingest.path / "criu", ingest, compress=compress)
+    add_criu_layers(ingest.path / "criu", ingest, compress=compress, done=pages.split if pages and not compress else None)
     if (ingest.path / "rootfs.tar").exists():
         ingest.add(ingest.path / "rootfs.tar", LayerType.ROOTFS)
     if (ingest.path / "shm.tar").exists():

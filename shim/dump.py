@@ -65,7 +65,7 @@ def dump(
     work.mkdir(mode=0o700, exist_ok=True)
     config_file = work / "criu.conf"
     lazy = lazy_options(server) if server is not None else {}
-    criu.write_options(config_file, {name: value for name, value in (chosen | lazy).items() if name not in criu.RUNTIME_FLAGS})
+    criu.write_options(config_file, {name: value for name, value in {**chosen, **lazy}.items() if name not in criu.RUNTIME_FLAGS})
     flags = [f"--{name}" for name in chosen if name in criu.RUNTIME_FLAGS]
     if lazy and not _is_crun(target):
         flags.append("--lazy-pages")  # runc says yes or no in every request; crun has no such flag and says nothing

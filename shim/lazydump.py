@@ -1,12 +1,12 @@
 """Dumps whose pages SMR takes itself, from the frozen processes: CRIU's part of it, and whether it can be had here.
 
-With --lazy-pages CRIU writes everything but the pages of memory that can be lazy, and then serves those to one client. It is given
-a socket (--ps-socket) that says at once that nobody will ask: nothing listens anywhere, and CRIU ends by itself, also when SMR is
-killed meanwhile. The tree is frozen before and after (CRIU thaws the cgroup for its parasite and freezes it again before it lets
-go of the tasks), so its memory does not change until it is thawed, and is read in that time: `smr.images.livesplit`.
+With --lazy-pages CRIU writes everything but the pages of memory that can be lazy, and then serves those to one client. It is
+given a socket (--ps-socket) that says at once that nobody will ask: nothing listens anywhere, and CRIU ends by itself, also when
+SMR is killed meanwhile. The tree is frozen before and after (CRIU thaws the cgroup for its parasite and freezes it again before
+it lets go of the tasks), so its memory does not change until it is thawed, and is read in that time: `smr.images.livesplit`.
 
-Until it ends, CRIU holds all those pages in pipes. A pipe takes 4 MiB, or fs.pipe-max-size (1 MiB) without CAP_SYS_RESOURCE, and two
-descriptors. Where they would be too many, and wherever a lazy dump fails, CRIU dumps the pages itself, in one thread.
+Until it ends, CRIU holds all those pages in pipes. A pipe takes 4 MiB, or fs.pipe-max-size (1 MiB) without CAP_SYS_RESOURCE, and
+two descriptors. Where they would be too many, and wherever a lazy dump fails, CRIU dumps the pages itself, in one thread.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import resource
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,18 +33,18 @@ from smr.shim.guard import Guard
 from smr.shim.procs import PROC, Process
 
 # Below this CRIU is as fast alone.
-_WORTH_BYTES = 128 << 20
+_WORTH_BYTES = 48 << 20
 # runc, Go and CRIU open files at low numbers, and give some of those to what they start.
 _SOCKET_FROM = 200
 _PIPE_BYTES = 4 << 20
-# What CRIU opens besides: files of the processes, images, service descriptors.
-_OTHER_FILES = 4096
+# What CRIU opens besides those of the processes: images, service descriptors, what it asks of /proc.
+_OTHER_FILES = 1024
 _REFREEZE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pages:
-    """What was done with the pages of a dump: `taken`, by SMR; without it they are in CRIU's files, and `why` is a warning or ""."""
+    """Who has the pages of a dump: SMR, as `taken`; or else CRIU's files, and `why` is a warning or ""."""
 
     taken: Taken | None = None
     why: str = ""
@@ -60,10 +61,12 @@ def dump_pages(
     *,
     out: Path,
     compress: bool,
+    stage: Callable[[str], AbstractContextManager[None]],
 ) -> Pages:
     """Dump the frozen `target` into `folder`, and its pages into segments in `out`: with `compress`, into CRIU's files.
 
-    The container stays frozen. Raises CHECKPOINT_FAILED quoting CRIU's log, DISK_FULL.
+    The container stays frozen. `stage` is entered for "dump", CRIU's part, and for "pages", what is left to do after it.
+    Raises CHECKPOINT_FAILED quoting CRIU's log, DISK_FULL.
     """
     tree = procs.tree(target.pid)
     need = _anonymous_bytes(tree)
@@ -73,10 +76,12 @@ def dump_pages(
             with LiveSplit(out, {process.ns_pid: process.pid for process in tree}) as pages, server_socket() as server:
                 if not compress:
                     pages.begin()
-                dump(target, folder, work, chosen, tool, guard, logs, server=server)
-                _check_frozen(target)
-                taken = pages.complete(folder) if compress else pages.finish(folder)
-                _check_frozen(target)
+                with stage("dump"):
+                    dump(target, folder, work, chosen, tool, guard, logs, server=server)
+                with stage("pages"):
+                    _check_frozen(target)
+                    taken = pages.complete(folder) if compress else pages.finish(folder)
+                    _check_frozen(target)
             return Pages(taken=taken, why="" if taken is not None else "the dump is not lazy, whatever it was told")
         except SmrError as error:
             if error.code is not Code.CHECKPOINT_FAILED:
@@ -84,7 +89,8 @@ def dump_pages(
             why = error.message
         for used in (folder, out, work):
             _empty(used)
-    dump(target, folder, work, chosen, tool, guard, logs)
+    with stage("dump"):
+        dump(target, folder, work, chosen, tool, guard, logs)
     return Pages(why=f"CRIU dumped the pages itself, in one thread: {why}" if why else "")
 
 
@@ -133,18 +139,25 @@ def _obstacle(target: Target, tree: Sequence[Process], need_bytes: int) -> str:
         return "processes of other pid namespaces are among those of the container"
     if not is_frozen(target.pid):
         return "it is not to be seen that the container is frozen"
-    needed, limit = _files_needed(need_bytes, len(tree)), raise_file_limit()
+    needed, limit = _files_needed(need_bytes, tree), raise_file_limit()
     if needed > limit:
-        return f"a lazy dump of {need_bytes >> 20} MiB opens {needed} files, {limit} are allowed (RLIMIT_NOFILE)"
+        return (
+            f"a lazy dump of {need_bytes >> 20} MiB opens {needed} files, {limit} are allowed:"
+            " raise RLIMIT_NOFILE, or fs.pipe-max-size to 4194304"
+        )
     return ""
 
 
-def _files_needed(memory_bytes: int, processes: int) -> int:
+def _files_needed(memory_bytes: int, tree: Sequence[Process]) -> int:
     """Open files of a lazy dump: criu/page-pipe.c, where a pipe is doubled until it cannot be."""
     pipe_bytes = _PIPE_BYTES
     if not procs.has_capability(procs.CAP_SYS_RESOURCE):
         pipe_bytes = min(pipe_bytes, int((PROC / "sys/fs/pipe-max-size").read_text()))
-    return 2 * (memory_bytes // pipe_bytes + 2 * processes) + _OTHER_FILES
+    theirs = 0
+    for process in tree:
+        with contextlib.suppress(OSError):
+            theirs += sum(1 for _ in (PROC / str(process.pid) / "fd").iterdir())
+    return 2 * (memory_bytes // pipe_bytes + 2 * len(tree)) + theirs + _OTHER_FILES
 
 
 def _anonymous_bytes(tree: Sequence[Process]) -> int:

@@ -19,6 +19,8 @@ from pathlib import Path
 from smr.images.criu_files import read_messages
 from smr.proto.criu import images_pb2
 from smr.shim.criu import quote_log
+from smr.shim.dump import lazy_options
+from smr.shim.lazydump import server_socket
 from smr.shim.procs import describe, tree
 from tests.integration.command import eventually
 from tests.integration.memory_image import TreeMemory, read_tree
@@ -146,8 +148,65 @@ def answer(folder: Path, pid: int) -> str:
 
 def dump(criu: Path, argv: Sequence[object], env: Mapping[str, str], folder: Path) -> Dump:
     """Start a program in `folder`, dump it when it is ready, and leave nothing of it."""
-    images = folder / "dump"
-    images.mkdir()
+    with _program(argv, env, folder) as pid:
+        return _dump(Dump(criu, folder, folder / "dump"), pid)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A program that is ready, and frozen as a container is for its checkpoint."""
+
+    criu: Path
+    folder: Path
+    pid: int
+    cgroup: Path
+
+    @property
+    def pids(self) -> dict[int, int]:
+        """image pid -> host pid"""
+        return {process.ns_pid: process.pid for process in tree(self.pid)}
+
+    def dump(self, name: str, *options: object, check: bool = True, pass_fds: Sequence[int] = ()) -> Dump:
+        """Dump it, and leave it as it is."""
+        words = ["--leave-running", "--freeze-cgroup", self.cgroup, *options]
+        return _dump(Dump(self.criu, self.folder, self.folder / name), self.pid, *words, check=check, pass_fds=pass_fds)
+
+    def lazy_dump(self, name: str) -> Dump:
+        """Dump it without the pages that can be left out."""
+        with server_socket() as server:
+            options = [word for option, value in lazy_options(server).items() for word in (f"--{option}", value) if word]
+            return self.dump(name, *options, pass_fds=(server,))
+
+
+@contextlib.contextmanager
+def frozen(criu: Path, argv: Sequence[object], env: Mapping[str, str], folder: Path) -> Iterator[Frozen]:
+    """Start a program in `folder` and freeze it when it is ready; it is gone in the end."""
+    with _program(argv, env, folder) as pid, _freezer(pid) as cgroup:
+        yield Frozen(criu, folder, pid, cgroup)
+
+
+@contextlib.contextmanager
+def _freezer(pid: int) -> Iterator[Path]:
+    """The tree of `pid` in a frozen cgroup of v2, which every kernel has that is new enough for CRIU; killed in the end."""
+    roots = [root for root in (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified")) if (root / "cgroup.controllers").exists()]
+    folder = roots[0] / f"smr-test-{os.getpid()}-{pid}"
+    folder.mkdir()
+    try:
+        for process in tree(pid):
+            (folder / "cgroup.procs").write_text(str(process.pid))
+        (folder / "cgroup.freeze").write_text("1")
+        eventually(lambda: "frozen 1" in (folder / "cgroup.events").read_text(), what="frozen")
+        yield folder
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        eventually(lambda: "populated 0" in (folder / "cgroup.events").read_text(), what="the tree is gone")
+        folder.rmdir()
+
+
+@contextlib.contextmanager
+def _program(argv: Sequence[object], env: Mapping[str, str], folder: Path) -> Iterator[int]:
+    """Pid, outside, of a program that is ready."""
     words = ["unshare", "--pid", "--fork", "setsid", *(str(word) for word in argv)]
     null = subprocess.DEVNULL  # CRIU would hold a file's length against what it was
     holder = subprocess.Popen(words, env=env, stdin=null, stdout=null, stderr=null)
@@ -155,16 +214,21 @@ def dump(criu: Path, argv: Sequence[object], env: Mapping[str, str], folder: Pat
         eventually(lambda: (folder / "ready").exists() or holder.poll() is not None, timeout_s=60, what=f"ready in {folder}")
         assert (folder / "ready").exists(), f"{argv}: {(folder / 'answer').read_text() if (folder / 'answer').exists() else ''}"
         (pid,) = (process.pid for process in tree(holder.pid) if process.ns_pid == 1)
-        options = ["--shell-job", "--images-dir", images, "--work-dir", images, "--log-file", "dump.log", "-v3"]
-        done = subprocess.run([criu, "dump", "--tree", str(pid), *options], check=False, capture_output=True)
-        assert done.returncode == 0, quote_log(images / "dump.log")
-        holder.wait(timeout=10)
+        yield pid
     finally:
         for process in reversed(tree(holder.pid)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGKILL)
-        holder.wait()
-    return Dump(criu, folder, images)
+        holder.wait(timeout=10)
+
+
+def _dump(made: Dump, pid: int, *more: object, check: bool = True, pass_fds: Sequence[int] = ()) -> Dump:
+    made.images.mkdir()
+    options = ["--shell-job", "--images-dir", made.images, "--work-dir", made.images, "--log-file", "dump.log", "-v3", *more]
+    argv = [str(word) for word in (made.criu, "dump", "--tree", pid, *options)]
+    done = subprocess.run(argv, check=False, capture_output=True, pass_fds=pass_fds)
+    assert not check or done.returncode == 0, quote_log(made.images / "dump.log")
+    return made
 
 
 @contextlib.contextmanager

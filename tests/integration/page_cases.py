@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from smr.images.livesplit import LiveSplit
 from smr.images.split import Split, split
 from tests.integration.command import run
-from tests.integration.criu_tree import Dump, dump
+from tests.integration.criu_tree import Dump, dump, frozen
 from tests.integration.memory_image import TreeMemory
 from tests.integration.node import REPOSITORY
 
@@ -117,9 +118,34 @@ def make(case: str, criu: Path, folder: Path) -> Made:
     """Start, dump, restore by stock CRIU, split. The stock restore must itself be right."""
     argv, env = program(case, folder)
     stock = dump(criu, argv, {**os.environ, **env}, folder)
-    with stock.restored() as restored:
-        memory = restored.memory()
-        assert restored.go_on() == "ok", "stock CRIU's restore"
+    memory = _stock_memory(stock)
     stripped = stock.copy("stripped")
     (folder / "segments").mkdir()
     return Made(case, stock, memory, stripped, split(stripped.images, folder / "segments", compress=case in COMPRESSED))
+
+
+def make_live(case: str, criu: Path, folder: Path) -> Made:
+    """The same of a frozen tree, dumped whole by CRIU and then again without its pages, which are taken from the tree.
+
+    What is to be compressed is made a whole dump first, as for a container.
+    """
+    argv, env = program(case, folder)
+    segments = folder / "segments"
+    segments.mkdir()
+    with frozen(criu, argv, {**os.environ, **env}, folder) as tree, LiveSplit(segments, tree.pids) as pages:
+        stock = tree.dump("dump")
+        if case not in COMPRESSED:
+            pages.begin()
+        stripped = tree.lazy_dump("stripped")
+        taken = pages.complete(stripped.images) if case in COMPRESSED else pages.finish(stripped.images)
+    assert taken is not None, "this CRIU was lazy"
+    assert taken.memory_bytes == sum(path.stat().st_size for path in stock.images.glob("pages-*.img"))
+    result = split(stripped.images, segments, compress=True) if case in COMPRESSED else taken.split
+    return Made(case, stock, _stock_memory(stock), stripped, result)
+
+
+def _stock_memory(stock: Dump) -> TreeMemory:
+    with stock.restored() as restored:
+        memory = restored.memory()
+        assert restored.go_on() == "ok", "stock CRIU's restore"
+    return memory

@@ -33,7 +33,7 @@ from smr.proto.errors import Code, SmrError
 from tests.integration.command import eventually
 from tests.integration.criu_tree import Dump, Restored
 from tests.integration.memory_image import TreeMemory, differences
-from tests.integration.page_cases import MIB, MOVED, Made, make
+from tests.integration.page_cases import MIB, MOVED, Made, make, make_live
 from tests.integration.sandbox import Sandbox
 from tests.store_support import make_config, rewrite_blob
 
@@ -52,13 +52,14 @@ def huge_pages() -> Iterator[None]:
         path.write_text(before)
 
 
-@pytest.fixture(scope="module", params=MOVED)
+@pytest.fixture(scope="module", params=[f"{case}{way}" for case in MOVED for way in ("", "-live")])
 def made(request: pytest.FixtureRequest, box: Sandbox, newer_criu: Path, huge_pages: None) -> Iterator[Made]:
-    """Each nasty process."""
+    """Each nasty process, its dump split, and its pages taken from the frozen process itself."""
     folder = box.base / f"pages-{request.param}"
     folder.mkdir()
+    case, live, _ = request.param.partition("-live")
     try:
-        yield make(request.param, newer_criu, folder)
+        yield (make_live if live else make)(case, newer_criu, folder)
     finally:
         shutil.rmtree(folder)
 
