@@ -10,6 +10,7 @@ import contextlib
 import os
 import platform
 import select
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -22,6 +23,7 @@ from smr.proto.errors import Code, SmrError
 from smr.shim import procs
 from smr.shim.run import environment, tail
 
+_PREFIX = "smr-hook-"
 _OUTPUT_BYTES = 64 << 10
 # What a program that has ended wrote is in the pipe already.
 _OUTPUT_S = 0.2
@@ -33,7 +35,8 @@ _HARMLESS = (signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH)
 def execute(runtime: Sequence[str], container: str, argv: Sequence[str], timeout_s: float) -> None:
     """Run `argv` in a container through `runtime` (a command line up to the verb). HOOK_FAILED unless it ends with status 0."""
     command = " ".join(argv)
-    with tempfile.TemporaryDirectory(prefix="smr-hook-") as folder:
+    _sweep()
+    with tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{os.getpid()}-") as folder:
         pid_file = Path(folder, "pid")
         words = [*runtime, "exec", "--pid-file", str(pid_file), container, *argv]
         try:
@@ -63,6 +66,15 @@ def execute(runtime: Sequence[str], container: str, argv: Sequence[str], timeout
             hint=f"try it: {' '.join([*runtime, 'exec', container, *argv])}",
             code=Code.HOOK_FAILED,
         )
+
+
+def _sweep() -> None:
+    """Remove the folders of those that were killed in a hook: their guard runs the next one."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
+        owner = folder.name.removeprefix(_PREFIX).partition("-")[0]
+        with contextlib.suppress(OSError):
+            if owner.isdecimal() and not procs.alive(int(owner)) and folder.lstat().st_uid == os.geteuid():
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Output:

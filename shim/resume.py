@@ -18,7 +18,7 @@ from smr.shim import procs
 from smr.shim.config import Config
 from smr.shim.files import drop_tree, write_atomic
 from smr.shim.log import canonical_line
-from smr.shim.state import ContainerState, Stage, Status, load_path
+from smr.shim.state import ContainerState, GoneError, Stage, Status, load_path
 
 
 def resume(state: ContainerState) -> None:
@@ -83,17 +83,23 @@ def run_hook(state: ContainerState) -> None:
     from smr.shim.quiesce import run_hook as run
 
     root = ("--root", record.root) if record.root else ()
-    warning = ""
-    with state.stage("resume"):
-        try:
-            place = Place(pid=record.pid, container=record.id, runtime=(record.runtime, *root))
-            run(parse_hook(record.resume, "resume"), place, record.resume_timeout_s)
-        except SmrError as error:
-            warning = f"the container runs, its resume hook failed: {error}"
-    with state.locked():
-        if warning:
-            record.warnings.append(warning)
-        state.save()
+    began, warning = time.monotonic(), []
+    try:
+        place = Place(pid=record.pid, container=record.id, runtime=(record.runtime, *root))
+        run(parse_hook(record.resume, "resume"), place, record.resume_timeout_s)
+    except SmrError as error:
+        warning = [f"the container runs, its resume hook failed: {error}"]
+    ended = time.monotonic()
+    with contextlib.suppress(GoneError):
+        # The lock reads the record again.
+        with state.locked():
+            state.add_stage("resume", began, ended)
+            state.record.warnings += warning
+            state.save()
+        return
+    # The container was deleted meanwhile; the log's line has it all the same.
+    state.add_stage("resume", began, ended)
+    state.record.warnings += warning
 
 
 def main(argv: list[str]) -> None:
