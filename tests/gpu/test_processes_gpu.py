@@ -37,7 +37,7 @@ def test_workers_forked_after_cuda_was_initialised(runc: GpuRunc) -> None:
     runc.remove("source")
     runc.restore("again", "gpu-loader:1", *words)
     following = [runc.ask("again", "next") for _ in range(2)]
-    assert [each["sum"] for each in following] == sums[2:]
+    assert [each["sum"] for each in following] == sums[2:], f"batches {following}, expected {sums[2:]}"
     assert following[0]["workers"] >= 2
     assert runc.ask("again", "check") == check
     runc.remove("again")
@@ -55,10 +55,11 @@ def test_torch_compile_with_its_workers_alive(runc: GpuRunc) -> None:
     before = runc.ask("source", "compiled")
     assert before["workers"] > 0
     runc.checkpoint("source", "gpu-compiled:1")
-    assert runc.ask("source", "compiled") == before
+    # Not how many workers there are: idle ones end by themselves.
+    assert runc.ask("source", "compiled")["value"] == before["value"]
     runc.remove("source")
     runc.restore("again", "gpu-compiled:1", *words, env=env)
-    assert runc.ask("again", "compiled") == before
+    assert runc.ask("again", "compiled")["value"] == before["value"]
     assert isinstance(runc.ask("again", "recompile")["value"], float)
     runc.remove("again")
     runc.drop("gpu-compiled:1")
