@@ -81,19 +81,23 @@ def fill(
     threads: int | None = None,
     source: Source = Source.AUTO,
     progress: Callable[[int], object] = lambda _: None,
+    delivered: Callable[[int, Sequence[Span]], object] | None = None,
 ) -> Filled:
     """Write all runs; `pids` gives each pid of the table its process here. Returns when every byte is written.
 
     `threads`: how many processors it may use. `progress` is called now and then with the bytes that are written so far.
+    With `delivered` the runs are begun in the order of their addresses, and it is told of each process's spans that are there.
 
     Raises RESTORE_FAILED when a process is gone, runs, or has no such memory; IMAGE_CORRUPT when a segment is cut.
     """
     for pid, runs in table.by_process():
         _check_process(pid, pids.get(pid, 0), table, runs)
     pieces = list(_pieces(table))
+    if delivered is not None:
+        pieces.sort(key=lambda piece: (piece.pid, piece.targets[0]))
     with ExitStack() as stack:
         files = [_Segment(stack, path, source) for path in segments]
-        job = _Job(table=table, pids=pids, files=files, keep=source is Source.CACHE, progress=progress)
+        job = _Job(table=table, pids=pids, files=files, keep=source is Source.CACHE, progress=progress, delivered=delivered)
         count = threads or min(_MAX_THREADS, len(os.sched_getaffinity(0)))
         if not all(file.cached for file in files):
             count = max(4, 2 * count)
@@ -174,6 +178,7 @@ class _Job:
     files: Sequence[_Segment]
     keep: bool
     progress: Callable[[int], object]
+    delivered: Callable[[int, Sequence[Span]], object] | None = None
     todo: queue.SimpleQueue[_Piece] = field(default_factory=queue.SimpleQueue)
     errors: list[Exception] = field(default_factory=list)
     read_bytes: int = 0
@@ -194,6 +199,8 @@ class _Job:
                     with self.lock:
                         self.written_bytes += sum(end - begin for begin, end in piece.targets)
                     self.progress(self.written_bytes)
+                    if self.delivered is not None:
+                        self.delivered(piece.pid, piece.targets)
         except OSError as error:
             self.errors.append(SmrError(f"a page cannot be read: {error}", code=Code.IMAGE_CORRUPT))
         except Exception as error:  # noqa: BLE001  # carried to the caller's thread

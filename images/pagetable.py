@@ -17,7 +17,7 @@ Standard library only.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import pairwise
@@ -89,6 +89,11 @@ class PageTable:
             if end == len(self.runs) or self.runs[end].pid != self.runs[begin].pid:
                 yield self.runs[begin].pid, self.runs[begin:end]
                 begin = end
+
+    def part(self, chosen: Callable[[Run], Run | None]) -> PageTable:
+        """The same with other runs: what `chosen` makes of each, in the order of pid and address."""
+        runs = [run for before in self.runs if (run := chosen(before)) is not None]
+        return PageTable(segments=self.segments, chunks=self.chunks, runs=sorted(runs, key=lambda run: (run.pid, run.address)))
 
     def to_bytes(self) -> bytes:
         """The blob."""

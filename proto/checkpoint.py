@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from typing import TypeVar
 
@@ -95,10 +95,14 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CudaTask:
-    """A process with CUDA, by its pid in the container. `vram_bytes` maps a GPU's uuid to what the process had there."""
+    """A process with CUDA, by its pid in the container. `vram_bytes` maps a GPU's uuid to what the process had there.
+
+    `areas` are the addresses, [start, end), of memory that the driver made in it at the checkpoint for that.
+    """
 
     pid: int
     vram_bytes: Mapping[str, int] = field(default_factory=dict)
+    areas: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,8 +195,13 @@ def _gpu(value: object) -> GpuState:
         driver=str(found["driver"]),
         cuda=int(str(found.get("cuda", 0))),
         gpus=tuple(_record(Gpu, item, "gpu.gpus[]") for item in as_list(found.get("gpus"), "gpu.gpus")),
-        tasks=tuple(_record(CudaTask, item, "gpu.tasks[]") for item in as_list(found.get("tasks"), "gpu.tasks")),
+        tasks=tuple(_cuda_task(item) for item in as_list(found.get("tasks"), "gpu.tasks")),
     )
+
+
+def _cuda_task(item: object) -> CudaTask:
+    task = _record(CudaTask, item, "gpu.tasks[]")
+    return replace(task, areas=tuple((int(start), int(end)) for start, end in task.areas))
 
 
 def _record(kind: type[_Record], value: object, what: str) -> _Record:

@@ -62,8 +62,11 @@ def summary_of(state: ContainerState) -> Summary:
         status = "exited"
     if record.status is Status.RESTORING and not state.owner_alive():
         status = "broken"
-    # Stages overlap and `start` comes when the engine is ready, so the sum of what SMR did is counted.
-    total = sum(stage.end_s - stage.start_s for stage in record.stages)
+    # Stages overlap and `start` comes when the engine is ready, so what counts is the time in which SMR did anything.
+    total, end = 0.0, 0.0
+    for stage in sorted(record.stages, key=lambda one: one.start_s):
+        total += max(stage.end_s - max(stage.start_s, end), 0.0)
+        end = max(end, stage.end_s)
     return Summary(
         id=record.id,
         status=status,

@@ -11,22 +11,28 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
-from smr.images.budget import Limits, fill_slot, pending_bytes
+from smr.images.budget import Limits, Slot, fill_slot, pending_bytes
 from smr.images.fill import Source, fill
 from smr.images.image import Image
 from smr.images.pagecache import node_available_bytes
-from smr.images.pagetable import PageTable
+from smr.images.pagetable import PAGE_BYTES, PageTable, Run
 from smr.images.prefetch import Way, plan
 from smr.images.segments import page_table, segment_paths
+from smr.images.spans import Span
 from smr.proto.annotations import Pages
 from smr.proto.checkpoint import LayerType
 from smr.proto.errors import Code, SmrError
 from smr.shim import cgroups, procs
 from smr.shim.config import Config
 from smr.shim.run import run
+
+if TYPE_CHECKING:
+    from smr.shim.gpu.gate import Gate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +96,22 @@ def lazy_progress(work: Path) -> dict[str, object] | None:
     return found if isinstance(found, dict) else None
 
 
-def fill_tree(delivery: Delivery, image: Image, root_pid: int, config: Config) -> dict[str, str | int]:
+class Beside(Protocol):
+    """What goes on with the tree while the last of its pages are on their way (smr.shim.gpu.revive)."""
+
+    def keeps(self, pid: int, address: int) -> bool:
+        """Whether a page of a process of the image is to be filled last."""
+
+    def run(self, rest: Callable[[Mapping[int, Gate]], None], spans: Callable[[int], Sequence[Span]]) -> None:
+        """Called when all others are there; `rest` fills these, each where the gate of its process says.
+
+        `spans` are those of one process that are filled at all, sorted.
+        """
+
+
+def fill_tree(
+    delivery: Delivery, image: Image, root_pid: int, config: Config, beside: Beside | None = None
+) -> dict[str, str | int]:
     """Fill the stopped tree below `root_pid`, if that is how its pages come; returns what there is to tell of it.
 
     Raises MEMORY_LIMIT before a page is written when the container's limit or the node has no room, and what `fill` raises.
@@ -104,15 +125,54 @@ def fill_tree(delivery: Delivery, image: Image, root_pid: int, config: Config) -
     pids = {process.ns_pid: process.pid for process in procs.tree(root_pid)}
     way = plan(image, node_available_bytes() - pending_bytes(config.run), share=config.cache_share).way
     with fill_slot(config.run, size_bytes, Limits(fills=config.fills, wait_s=config.fill_wait_s)) as slot:
+        job = _Fill(delivery=delivery, pids=pids, slot=slot, source=Source.CACHE if way is Way.CACHE else Source.DIRECT)
+        if beside is None:
+            job.fill(delivery.table)
+        else:
+            job.fill(delivery.table.part(lambda run: None if beside.keeps(run.pid, run.address) else run))
+            beside.run(job.rest, job.spans)
+    return {"strategy": Pages.FILL.value, "memory_bytes": job.bytes, "read_bytes": job.read_bytes, "source": way.value}
+
+
+@dataclass(slots=True, kw_only=True)
+class _Fill:
+    delivery: Delivery
+    pids: Mapping[int, int]
+    slot: Slot
+    source: Source
+    bytes: int = 0
+    read_bytes: int = 0
+
+    def fill(self, table: PageTable, delivered: Callable[[int, Sequence[Span]], object] | None = None) -> None:
+        """Fill what is in a part of the table."""
+        before = self.bytes
         filled = fill(
-            delivery.table,
-            delivery.segments,
-            pids,
-            threads=slot.threads,
-            source=Source.CACHE if way is Way.CACHE else Source.DIRECT,
-            progress=slot.populated,
+            table,
+            self.delivery.segments,
+            self.pids,
+            threads=self.slot.threads,
+            source=self.source,
+            progress=lambda written: self.slot.populated(before + written),
+            delivered=delivered,
         )
-    return {"strategy": Pages.FILL.value, "memory_bytes": filled.bytes, "read_bytes": filled.read_bytes, "source": way.value}
+        self.bytes += filled.bytes
+        self.read_bytes += filled.read_bytes
+
+    def spans(self, pid: int) -> list[Span]:
+        """What the table has of one process."""
+        table = self.delivery.table
+        assert table is not None
+        return [(run.address, run.address + table.pages(run) * PAGE_BYTES) for run in table.runs if run.pid == pid]
+
+    def rest(self, gates: Mapping[int, Gate]) -> None:
+        """Fill what is behind gates, by the image's pids."""
+
+        def moved(run: Run) -> Run | None:
+            away = gates[run.pid].away(run.address) if run.pid in gates else None
+            return None if away is None else run._replace(address=away)
+
+        assert self.delivery.table is not None
+        self.fill(self.delivery.table.part(moved), lambda pid, spans: gates[pid].delivered(spans))
 
 
 def check_limit(pid: int, size_bytes: int) -> None:

@@ -71,7 +71,7 @@ def restore(call: RuntimeCall, spec: Spec, annotations: Annotations, config: Con
             externals = external_options(image, spec)
         prefetch = start_prefetch(config, image, state)
         stack.callback(stop_prefetch, prefetch)
-        gpu = stack.enter_context(revival(image.config, spec, annotations, config))
+        gpu = stack.enter_context(revival(image.config, spec, annotations, config, state))
         with state.stage("rootfs"):
             apply_rootfs(state, image)
             fill_tmpfs(state, image, spec, annotations)
@@ -86,14 +86,17 @@ def restore(call: RuntimeCall, spec: Spec, annotations: Annotations, config: Con
             state.record.pid = _pid(call, state)
             state.record.pid_started = procs.started(state.record.pid)
         state.save()
-        with state.stage("fill"):
-            state.record.pages = pages.fill_tree(delivery, image, state.record.pid, config)
-        with state.stage("source"):
-            if annotations.rootfs is Check.CHECK:
-                _check_source(image, source)
         if gpu is not None:
-            with state.stage("gpu"):
-                state.record.gpus = dict(gpu.run(state.record.pid))
+            _judge(state, image, source, annotations)  # what is wrong anyway need not reach a GPU
+            with state.stage("gpu_devices"):
+                gpu.prepare(state.record.pid)
+        with state.stage("fill"):
+            state.record.pages = pages.fill_tree(delivery, image, state.record.pid, config, gpu)
+        if gpu is None:
+            _judge(state, image, source, annotations)
+        else:
+            state.record.gpus = dict(gpu.finish())
+            state.record.warnings += gpu.warnings
         with state.stage("adopt"):
             namespaces.adopt(state.record.pid, spec)
             tell(state, image, spec)
@@ -103,14 +106,16 @@ def restore(call: RuntimeCall, spec: Spec, annotations: Annotations, config: Con
 
 
 @contextlib.contextmanager
-def revival(image: CheckpointConfig, spec: Spec, annotations: Annotations, config: Config) -> Iterator[Revival | None]:
+def revival(
+    image: CheckpointConfig, spec: Spec, annotations: Annotations, config: Config, state: ContainerState
+) -> Iterator[Revival | None]:
     """What brings the GPU back; None, and nothing imported, for an image without one."""
     if image.gpu is None:
         yield None
         return
     from smr.shim.gpu import revive
 
-    with revive.begin(image, spec, annotations, config) as found:
+    with revive.begin(image, spec, annotations, config, state.stage) as found:
         yield found
 
 
@@ -401,9 +406,11 @@ class _SourceLookup(threading.Thread):
         self.found = engines.source_of_bundle(self._call.bundle, self._call.id)
 
 
-def _check_source(image: Image, source: _SourceLookup) -> None:
-    source.join()
-    preflight.check_source(image.config, *source.found)
+def _judge(state: ContainerState, image: Image, source: _SourceLookup, annotations: Annotations) -> None:
+    with state.stage("source"):
+        if annotations.rootfs is Check.CHECK:
+            source.join()
+            preflight.check_source(image.config, *source.found)
 
 
 def mounts_below(rootfs: str) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from smr.proto.checkpoint import CudaTask, GpuState
 from smr.proto.errors import Code, SmrError
@@ -51,12 +51,18 @@ class Capture:
 
     def take(self) -> None:
         """Lock all, checkpoint all. Raises GPU_FAILED, with every process running again where the driver still answers."""
-        from smr.shim.gpu import forked, obstacles
+        from smr.shim.gpu import forked, obstacles, prefault
 
         self.look()
+        before = {pid: prefault.areas(pid) for pid in self.found.pids}
         self.session.lock(self.found.pids, lock_timeout_s(self.config))
         expected = [sum(task.vram_bytes.values()) for task in self.state.tasks]
         self.session.checkpoint(self.found.pids, self.timeout_s, expected_bytes=dict(zip(self.found.pids, expected, strict=True)))
+        made = [tuple(prefault.new_areas(pid, before[pid])) for pid in self.found.pids]
+        self.state = replace(
+            self.state,
+            tasks=tuple(replace(task, areas=areas) for task, areas in zip(self.state.tasks, made, strict=True)),
+        )
         try:
             obstacles.released(list(self.found.pids))
             forked.release(self.found.forked)

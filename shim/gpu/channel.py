@@ -106,6 +106,10 @@ class Channel:
         assert isinstance(reply, dict)
         return reply
 
+    def kill(self) -> None:
+        """End it at once; who waits for a reply is told that it is gone."""
+        self._process.kill()
+
     def close(self, *, patience_s: float = 0.0) -> None:
         """End it: told to, when it gets `patience_s` to let go of what it has running, and killed then."""
         if patience_s and self._ready:

@@ -7,7 +7,8 @@ beside the owner's other work. Lines of JSON on stdin and stdout:
     -> {"id": 1, "call": "lock", "pids": [7, 9], "timeout_s": 10, "stopped": false, "pairs": [["GPU-old", "GPU-new"]]}
     <- {"id": 1, "pid": 7, "tid": 8, "mask": 0}            before thread 8's signals are blocked (smr.shim.gpu.onethread)
     <- {"id": 1, "pid": 7, "seconds": 0.1, "value": 0}     or, in place of the value, {"error": ..., "number": CUresult or 0}
-                                                           a checkpoint may have "expected_bytes": {"7": 8589934592}
+                                                           a checkpoint may have "expected_bytes": {"7": 8589934592},
+                                                           a restore "gates": {"7": [[START, END]]}
     -> {"id": 2, "call": "mend", "threads": [[7, 8, 0]]}   process, thread, signal mask
     -> {"call": "end"}
 
@@ -121,7 +122,12 @@ class Helper:
         if not request.get("stopped"):
             return work()
         tid = host_thread(pid, driver.restore_thread(pid))
-        one = OneThread(pid, tid, on_mask=lambda tid, mask: self.reply(id=request["id"], pid=pid, tid=tid, mask=mask))
+        one = OneThread(
+            pid,
+            tid,
+            on_mask=lambda tid, mask: self.reply(id=request["id"], pid=pid, tid=tid, mask=mask),
+            gates=_gates(request, pid),
+        )
         self._running.add(one)
         try:
             with one:
@@ -138,6 +144,11 @@ def _checkpoint(driver: Driver, pid: int, request: Mapping[str, object]) -> None
         return driver.checkpoint(pid)
     with Prefault(pid, size_bytes, spare=host_thread(pid, driver.restore_thread(pid))):
         return driver.checkpoint(pid)
+
+
+def _gates(request: Mapping[str, object], pid: int) -> list[tuple[int, int]]:
+    gates = request.get("gates")
+    return [(int(start), int(end)) for start, end in gates.get(str(pid), [])] if isinstance(gates, dict) else []
 
 
 def _pairs(request: Mapping[str, object]) -> list[tuple[str, str]]:

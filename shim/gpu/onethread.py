@@ -25,7 +25,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -43,16 +43,27 @@ _SETTLE_S = 1.0
 _IDLE_S = 0.001
 _BUSY_S = 0.00005
 _BUSY_ROUNDS = 100
+_GATE_S = 0.0002
 
 
 class OneThread:
     """Use as a context manager around the driver's call. Raises on entry when the process is not stopped, or is traced.
 
+    `gates`: memory that somebody else is about to put in place (smr.shim.gpu.gate); a thread that touches it before waits.
+
     `ended` is the kernel's word when the thread ended meanwhile. Leaving raises SmrError GPU_FAILED when a thread could not be
     stopped again (it hangs in the kernel); an exception of the body is not replaced, it gets that as a note.
     """
 
-    def __init__(self, pid: int, tid: int, *, on_mask: Callable[[int, int], None] | None = None) -> None:
+    def __init__(
+        self,
+        pid: int,
+        tid: int,
+        *,
+        on_mask: Callable[[int, int], None] | None = None,
+        gates: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        self._gates = gates
         self._pid = pid
         self._tid = tid
         self._on_mask = on_mask
@@ -112,6 +123,9 @@ class OneThread:
                 raise ThreadGoneError(f"process {self._pid} ended: {status}", code=Code.GPU_FAILED, pid=self._pid)
             self._mask = ptrace.signal_mask(self._tid)
             self._blocked = _ALL & ~_INTERNAL & ~_marker(self._tid)
+            if self._gates:
+                # A fault of a thread that blocks the signal makes the kernel reset the process's handler.
+                self._blocked &= ~(1 << (signal.SIGSEGV - 1))
             if self._on_mask is not None:
                 self._on_mask(self._tid, self._mask)
             ptrace.set_signal_mask(self._tid, self._blocked)
@@ -152,11 +166,21 @@ class OneThread:
     def _go_on(self, status: Status) -> None:
         try:
             self._welcome(status)
-            ptrace.cont(status.tid, 0 if status.event else status.signal)
+            ptrace.cont(status.tid, 0 if status.event or self._at_gate(status) else status.signal)
         except ThreadGoneError as error:
             # Killed between its stop and now: its end is the next that it reports.
             if ptrace.state_words(status.tid) == "gone":
                 self._gone(status.tid, error.message)
+
+    def _at_gate(self, status: Status) -> bool:
+        """Whether the thread came to memory that is not there yet: it tries again a moment later."""
+        if not self._gates or status.event or status.signal != signal.SIGSEGV:
+            return False
+        address = ptrace.fault_address(status.tid)
+        if not any(start <= address < end for start, end in self._gates):
+            return False
+        self._over.wait(_GATE_S)
+        return True
 
     def _welcome(self, status: Status) -> None:
         """A thread that is new: the kernel has seized it, and its first report comes by itself."""
@@ -194,7 +218,7 @@ class OneThread:
         if tid == self._tid or ptrace.signal_mask(tid) == self._blocked:
             ptrace.set_signal_mask(tid, self._mask)
         # A signal that the mask could not keep (32 and 33) is delivered as it would have been.
-        ptrace.detach(tid, 0 if status.event else status.signal)
+        ptrace.detach(tid, 0 if status.event or self._at_gate(status) else status.signal)
         if status.group_stop:
             _until_stopped(self._pid, tid)
 

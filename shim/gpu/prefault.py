@@ -19,7 +19,7 @@ import errno
 import os
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -53,13 +53,13 @@ class Prefault:
         self._todo: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._libc = ctypes.CDLL(None, use_errno=True)
-        self._seen: set[Area] = set()
+        self._seen: list[Area] = []
         self.made_bytes = 0
         self._counting = threading.Lock()
 
     def __enter__(self) -> Prefault:
         if self._left >= _LEAST_BYTES:
-            self._seen = set(areas(self._pid))
+            self._seen = areas(self._pid)
             self._begin(self._watch)
         return self
 
@@ -76,11 +76,9 @@ class Prefault:
     def _watch(self) -> None:
         """Until the driver's call has ended, look for areas that it makes."""
         while not self._over.is_set() and self._left > 0:
-            for area in areas(self._pid):
-                # What was asked to take huge pages is an area of its own from then on.
-                if not any(start <= area[0] and area[1] <= end for start, end in self._seen):
-                    self._seen.add(area)
-                    self._take_on(area)
+            for area in new_areas(self._pid, self._seen):
+                self._seen.append(area)
+                self._take_on(area)
             self._over.wait(_LOOK_S)
 
     def _take_on(self, area: Area) -> None:
@@ -136,3 +134,8 @@ def areas(pid: int) -> list[Area]:
                 if int(end, 16) - int(start, 16) >= _LEAST_BYTES:
                     found.append((int(start, 16), int(end, 16)))
     return found
+
+
+def new_areas(pid: int, known: Sequence[Area]) -> list[Area]:
+    """Those that are no part of a known one: what is asked to take huge pages is an area of its own from then on."""
+    return [area for area in areas(pid) if not any(start <= area[0] and area[1] <= end for start, end in known)]

@@ -30,6 +30,9 @@ _WAIT_STEP_S = 0.0005
 _SPINS = 50
 _MASK_BYTES = 8
 _REGISTERS_BYTES = 4096
+# siginfo_t of 64-bit machines.
+_SIGINFO_BYTES = 128
+_SI_ADDR = 16
 
 
 class _Request(IntEnum):
@@ -40,6 +43,7 @@ class _Request(IntEnum):
     SYSCALL = 24
     SETOPTIONS = 0x4200
     GETEVENTMSG = 0x4201
+    GETSIGINFO = 0x4202
     GETREGSET = 0x4204
     SETREGSET = 0x4205
     SEIZE = 0x4206
@@ -149,6 +153,13 @@ def event_message(tid: int) -> int:
     value = ctypes.c_ulong()
     _ptrace(_Request.GETEVENTMSG, tid, 0, ctypes.addressof(value))
     return value.value
+
+
+def fault_address(tid: int) -> int:
+    """Of a thread that stopped before SIGSEGV or SIGBUS is delivered: the address that it touched."""
+    info = ctypes.create_string_buffer(_SIGINFO_BYTES)
+    _ptrace(_Request.GETSIGINFO, tid, 0, ctypes.addressof(info))
+    return int.from_bytes(info.raw[_SI_ADDR : _SI_ADDR + 8], "little")
 
 
 def signal_mask(tid: int) -> int:

@@ -123,6 +123,11 @@ class Session:
             self._channel.close()
         self._channel = None
 
+    def abort(self) -> None:
+        """Have a call end that another thread waits for: its helper is killed, and the call fails."""
+        if self._channel is not None:
+            self._channel.kill()
+
     def ready(self, timeout_s: float = READY_S) -> DriverFacts:
         """Wait until CUDA is initialised.
 

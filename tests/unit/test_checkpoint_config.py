@@ -51,7 +51,7 @@ CONFIG = CheckpointConfig(
         driver="580.159.04",
         cuda=13000,
         gpus=(Gpu(uuid="GPU-1f79de5c", name="NVIDIA H200", memory_bytes=150 << 30, minor=0, compute_capability="9.0"),),
-        tasks=(CudaTask(pid=7, vram_bytes={"GPU-1f79de5c": 8 << 30}),),
+        tasks=(CudaTask(pid=7, vram_bytes={"GPU-1f79de5c": 8 << 30}, areas=((1 << 40, 1 << 41),)),),
     ),
     hooks=Hooks(quiesce="vllm", resume="vllm", timeout_s=30.0),
 )
