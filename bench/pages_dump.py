@@ -16,6 +16,7 @@ from pathlib import Path
 from bench.pages_restore import Bench, Image, Row
 from smr.images.cutting import thread_count
 from smr.images.livesplit import LiveSplit
+from smr.images.staging import dirty_room
 from smr.shim.dump import lazy_options
 from smr.shim.lazydump import raise_file_limit, server_socket
 
@@ -30,7 +31,8 @@ def live(bench: Bench, image: Image) -> Row:
     os.kill(image.pid, signal.SIGSTOP)
     try:
         _wait_stopped(image.pid)
-        with LiveSplit(out, {image.pid: image.pid}) as pages, server_socket() as server:
+        staged = image.memory_bytes > dirty_room(Path("/proc/vmstat").read_text())
+        with LiveSplit(out, {image.pid: image.pid}, staged=staged) as pages, server_socket() as server:
             pages.begin()
             options = [f"--{name} {value}".split() for name, value in lazy_options(server).items()]
             bench.dump(image, "--leave-stopped", *(word for words in options for word in words), pass_fds=(server,))
@@ -40,9 +42,9 @@ def live(bench: Bench, image: Image) -> Row:
     paused = time.perf_counter() - begin
     if taken is None:
         raise RuntimeError("this criu dumps all pages whatever it is told")
-    image.set_split(taken.split)
+    image.set_split(taken.land())
     with ThreadPoolExecutor(thread_count(None)) as pool:
-        list(pool.map(_digest, image.segments))
+        list(pool.map(_digest, [segment.path for segment in taken.split.segments if segment.path not in taken.staged.files]))
     return {"s": paused, "criu_s": image.dump_s, "all_s": time.perf_counter() - begin}
 
 

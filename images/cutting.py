@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import io
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -104,12 +106,14 @@ def shares(all_pieces: Iterable[Piece], pages: int, threads: int) -> Iterator[li
 class Job:
     """What the threads share: chunks by digest, and the segments that are done.
 
-    `hashing`: segments are hashed while they are written, which is more than half of the work.
+    `hashing`: segments are hashed while they are written, which is more than half of the work. `staged`: they are written to
+    memory, see `staging`.
     """
 
     out: Path
     compress: bool = False
     hashing: bool = True
+    staged: bool = False
     known: dict[tuple[bytes, int], tuple[int, int]] = field(default_factory=dict)
     done: dict[int, _Written] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -117,8 +121,8 @@ class Job:
     def write(self, number: int, share: Sequence[Piece], read: Read, free: Callable[[Sequence[Piece]], None]) -> None:
         """Make one segment; `free` is told now and then which pieces are no longer needed."""
         written = _Written(number=number, path=self.out / f"segment-{number:05}", hash=hashlib.sha256() if self.hashing else None)
-        fd = os.open(written.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
+        with self._create(written) as file:
+            fd = file.fileno()
             buffer = memoryview(bytearray(CHUNK_PAGES * PAGE_BYTES))
             for at in range(0, len(share), _FREE_PIECES):
                 some = share[at : at + _FREE_PIECES]
@@ -130,8 +134,6 @@ class Job:
                     for begin, end in _without_zeros(view, piece.pages):
                         self._add(written, fd, piece, begin, view[begin * PAGE_BYTES : end * PAGE_BYTES])
                 free(some)
-        finally:
-            os.close(fd)
         self.done[number] = written
 
     def keep(self, spans: Mapping[int, Sequence[Span]]) -> dict[int, list[Span]]:
@@ -152,6 +154,16 @@ class Job:
                     runs += written.runs[first:end]
             written.runs = runs
         return {pid: union(found) for pid, found in kept.items()}
+
+    def in_memory(self) -> dict[Path, io.FileIO]:
+        """The staged segments, by the path that they are for."""
+        return {written.path: written.memory for written in self.done.values() if written.memory is not None}
+
+    def _create(self, written: _Written) -> AbstractContextManager[io.FileIO]:
+        if not self.staged:
+            return io.FileIO(os.open(written.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w")
+        written.memory = io.FileIO(os.memfd_create(written.path.name), "r+")
+        return nullcontext(written.memory)
 
     def _add(self, written: _Written, fd: int, piece: Piece, begin: int, pages: memoryview) -> None:
         import xxhash
@@ -180,7 +192,7 @@ class Job:
         full = [written for written in order if written.number in needed]
         for written in order:
             if written.number not in needed:
-                written.path.unlink()
+                written.drop()
         first: dict[int, int] = {}
         chunks: list[Chunk] = []
         for index, written in enumerate(full):
@@ -208,6 +220,15 @@ class _Written:
     runs: list[_Row] = field(default_factory=list)
     pieces: list[tuple[Piece, int]] = field(default_factory=list)
     hash: hashlib._Hash | None
+    memory: io.FileIO | None = None
+
+    def drop(self) -> None:
+        """Nobody needs it."""
+        if self.memory is None:
+            self.path.unlink()
+        else:
+            self.memory.close()
+            self.memory = None
 
     @property
     def digest(self) -> str:

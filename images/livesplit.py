@@ -33,6 +33,7 @@ from smr.images.pagemap import PE_LAZY, PE_PRESENT, Entry, write_pagemap
 from smr.images.pagetable import CHUNK_PAGES, PAGE_BYTES
 from smr.images.spans import Span, intersect, subtract, total
 from smr.images.split import MIN_SPLIT_BYTES, ask_for_huge_pages, kept_path
+from smr.images.staging import Staged
 from smr.proto.errors import Code, SmrError
 
 _TAKEN = PE_LAZY | PE_PRESENT
@@ -40,20 +41,28 @@ _TAKEN = PE_LAZY | PE_PRESENT
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Taken:
-    """`split` is as of a whole dump; `memory_bytes` is how large that dump's pages files would have been."""
+    """What came of it. `memory_bytes`: how large the pages files of a whole dump would have been."""
 
     split: Split
     memory_bytes: int
+    staged: Staged
+
+    def land(self) -> Split:
+        """The split of a whole dump, its segments in their files: when nobody waits any more, once. Raises DISK_FULL."""
+        return self.staged.land(self.split)
 
 
 class LiveSplit:
     """One dump of a tree that holds still. A context manager: what was begun is over when it is left."""
 
-    def __init__(self, out: Path, pids: Mapping[int, int], *, threads: int | None = None) -> None:
-        """`out`: a directory for the segments; `pids`: image pid -> host pid, of all processes. Raises CHECKPOINT_FAILED."""
+    def __init__(self, out: Path, pids: Mapping[int, int], *, staged: bool = False, threads: int | None = None) -> None:
+        """`out`: a directory for the segments; `pids`: image pid -> host pid, of all processes; `staged`: they wait in memory.
+
+        Raises CHECKPOINT_FAILED.
+        """
         self._out, self._threads = out, thread_count(threads)
         self._live = Live(pids)
-        self._job = Job(out=out, hashing=False)
+        self._job = Job(out=out, hashing=False, staged=staged)
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="smr-live")
         self._early: list[Future[None]] = []
         self._guess: Future[None] | None = None
@@ -98,7 +107,8 @@ class LiveSplit:
             if memory.moved:
                 ask_for_huge_pages(folder, memory)
         self._live.check()
-        return Taken(split=self._job.result(), memory_bytes=_pages_bytes(folder) + moved_pages * PAGE_BYTES)
+        memory_bytes = _pages_bytes(folder) + moved_pages * PAGE_BYTES
+        return Taken(split=self._job.result(), memory_bytes=memory_bytes, staged=Staged(files=self._job.in_memory()))
 
     def complete(self, folder: Path) -> Taken | None:
         """After the dump into `folder`: all its pages in CRIU's files. None where that is so already. Raises as `finish`."""
@@ -114,7 +124,7 @@ class LiveSplit:
         self._job.keep({})
         self._job.result()
         self._live.check()
-        return Taken(split=NOTHING, memory_bytes=_pages_bytes(folder))
+        return Taken(split=NOTHING, memory_bytes=_pages_bytes(folder), staged=Staged(files={}))
 
     def _read_ahead(self) -> None:
         guess = self._live.candidates()

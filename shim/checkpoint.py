@@ -251,7 +251,7 @@ def _external_shm(target: Target) -> Path | None:
 
 def _add_layers(target: Target, ingest: Ingest, pages: Taken | None, *, compress: bool) -> None:
     """Hand the captured files to the store, the pages as segments."""
-    add_criu_layers(ingest.path / "criu", ingest, compress=compress, done=pages.split if pages and not compress else None)
+    add_criu_layers(ingest.path / "criu", ingest, compress=compress, done=pages.land() if pages and not compress else None)
     if (ingest.path / "rootfs.tar").exists():
         ingest.add(ingest.path / "rootfs.tar", LayerType.ROOTFS)
     if (ingest.path / "shm.tar").exists():

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smr.images.livesplit import LiveSplit, Taken
+from smr.images.pagecache import available_bytes
+from smr.images.staging import dirty_room
 from smr.proto.errors import Code, SmrError
 from smr.shim import cgroups, procs
 from smr.shim.criu import Criu
@@ -40,6 +42,8 @@ _PIPE_BYTES = 4 << 20
 # What CRIU opens besides those of the processes: images, service descriptors, what it asks of /proc.
 _OTHER_FILES = 1024
 _REFREEZE_S = 2.0
+# Memory that segments must leave to others when they wait there.
+_LEFT_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +77,8 @@ def dump_pages(
     why = _obstacle(target, tree, need) if need >= _WORTH_BYTES else ""
     if need >= _WORTH_BYTES and not why:
         try:
-            with LiveSplit(out, {process.ns_pid: process.pid for process in tree}) as pages, server_socket() as server:
+            pids, staged = {process.ns_pid: process.pid for process in tree}, _wait_in_memory(need)
+            with LiveSplit(out, pids, staged=staged) as pages, server_socket() as server:
                 if not compress:
                     pages.begin()
                 with stage("dump"):
@@ -87,6 +92,8 @@ def dump_pages(
             if error.code is not Code.CHECKPOINT_FAILED:
                 raise
             why = error.message
+        except OSError as error:
+            why = str(error)  # as when memory runs out
         for used in (folder, out, work):
             _empty(used)
     with stage("dump"):
@@ -167,6 +174,14 @@ def _anonymous_bytes(tree: Sequence[Process]) -> int:
         lines = _read(PROC / str(process.pid) / "status").splitlines()
         total += sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("RssAnon:", "VmSwap:")))
     return total
+
+
+def _wait_in_memory(need_bytes: int) -> bool:
+    """Whether the segments would be slowed down to the disk, and there is memory for them."""
+    if need_bytes <= dirty_room(_read(PROC / "vmstat")):
+        return False
+    available = available_bytes()
+    return available - need_bytes > max(_LEFT_BYTES, available // 10)
 
 
 def _check_frozen(target: Target) -> None:

@@ -5,6 +5,7 @@ That the result is right byte by byte is the matter of test_pages.py, which has 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -158,26 +159,53 @@ def wrong_guess(live: Live, how: str) -> dict[int, list[Span]]:
     if how == "nothing":
         return {}
     if how == "other pages":
-        return {pid: [(begin - 7, begin + 100) for begin, _ in spans] for pid, spans in right.items()}
+        return {pid: [(begin - 7, begin + 93) for begin, end in spans if end - begin > 200] for pid, spans in right.items()}
     if how == "too many":
         return {pid: [*spans[:-1], (spans[-1][0], spans[-1][1] + 5000)] for pid, spans in right.items()}
     return {pid: [(begin + 100, end - 1) for begin, end in spans if end - begin > 200] for pid, spans in right.items()}
 
 
+@pytest.mark.parametrize("staged", [False, True])
 @pytest.mark.parametrize("how", ["nothing", "other pages", "too many", "too few"])
-def test_a_wrong_guess_costs_time_only(tree: Frozen, tmp_path: Path, how: str) -> None:
-    """Whatever was read ahead, what CRIU keeps and what is in segments are together the dump, and apart."""
+def test_a_wrong_guess_costs_time_only(tree: Frozen, tmp_path: Path, how: str, staged: bool) -> None:
+    """Whatever was read ahead, what CRIU keeps and what is in segments are together the dump, and apart.
+
+    Segments that wait in memory are in no file until they land, and then have their digests.
+    """
     out = tmp_path / "segments"
     out.mkdir()
     stock = tree.dump("stock")
-    with LiveSplit(out, tree.pids) as pages:
+    with LiveSplit(out, tree.pids, staged=staged) as pages:
         pages._live.candidates = lambda: wrong_guess(pages._live, how)  # type: ignore[method-assign]
         pages.begin()
         dump = tree.lazy_dump("lazy")
         taken = pages.finish(dump.images)
     assert taken is not None and taken.split.table.memory_bytes > 40 << 20
-    join(dump.images, taken.split.table, [segment.path for segment in taken.split.segments])
+    assert [segment.path.exists() for segment in taken.split.segments] == [not staged] * len(taken.split.segments)
+    result = taken.land()
+    for segment in result.segments:
+        data = segment.path.read_bytes()
+        assert len(data) == segment.size_bytes
+        assert segment.digest == (f"sha256:{hashlib.sha256(data).hexdigest()}" if staged else "")
+    join(dump.images, result.table, [segment.path for segment in result.segments])
     assert pages_of(dump) == pages_of(stock)
+
+
+def test_a_disk_that_is_full_when_segments_land_is_said(tree: Frozen, box: Sandbox) -> None:
+    """The container runs again by then; there is no image."""
+    out = box.base / "full"
+    out.mkdir()
+    run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", out])
+    try:
+        with LiveSplit(out, tree.pids, staged=True) as pages:
+            taken = pages.finish(tree.lazy_dump("lazy").images)
+        assert taken is not None
+        with pytest.raises(SmrError) as caught:
+            taken.land()
+    finally:
+        run(["umount", out])
+        out.rmdir()
+    assert caught.value.code is Code.DISK_FULL
 
 
 def test_a_dump_that_is_not_lazy_is_left_alone(tree: Frozen, tmp_path: Path) -> None:

@@ -115,6 +115,30 @@ def test_memory_is_counted_in_memory_and_swapped_out(machine: Machine) -> None:
     assert lazydump._anonymous_bytes(TREE) == (1024 + 512 + 1) << 10
 
 
+VMSTAT = "nr_dirty {}\nnr_writeback {}\nnr_dirty_threshold 4000000\nnr_dirty_background_threshold 2000000\n"
+
+
+@pytest.mark.parametrize(
+    ("dirty", "writeback", "available", "size", "expected"),
+    [
+        (0, 0, 100 * GIB, 11 * GIB, False),
+        (0, 0, 100 * GIB, 12 * GIB, True),
+        (1_000_000, 1_000_000, 100 * GIB, 5 * GIB, True),
+        (5_000_000, 0, 100 * GIB, GIB, True),
+        (0, 0, 13 * GIB + GIB // 2, 12 * GIB, True),
+        (0, 0, 13 * GIB, 12 * GIB, False),
+        (0, 0, 100 * GIB, 95 * GIB, False),
+    ],
+)
+def test_segments_wait_in_memory_where_the_disk_would_be_waited_for(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, dirty: int, writeback: int, available: int, size: int, expected: bool
+) -> None:
+    """More than may be dirty (here 11.4 GiB, less what is dirty already), and memory for it with something left."""
+    machine.file("proc/vmstat", VMSTAT.format(dirty, writeback))
+    monkeypatch.setattr(lazydump, "available_bytes", lambda: available)
+    assert lazydump._wait_in_memory(size) is expected
+
+
 def test_who_serves_finds_the_end_at_once() -> None:
     """A number that programs in between do not use for themselves, and nothing to wait for."""
     with server_socket() as fd, socket.socket(fileno=fd) as server:
