@@ -1,5 +1,5 @@
 // What a container with a GPU runs in the tests: a process that has CUDA of the fake libcuda.c, and takes part in its calls as
-// the real driver makes a process do. Usage: gpu_program [second] [forked] [socket]
+// the real driver makes a process do. Usage: gpu_program [second] [forked] [socket] [io_uring]
 //
 // While it runs it has NVIDIA's device files open, and contents in "GPU memory". At a checkpoint it brings the contents into
 // memory of its own, frees the other, and closes the files; at a restore it opens the files that /dev has then and brings the
@@ -9,7 +9,7 @@
 //   PID.counts          64 slots of 8 bytes, see below; PID.state, PID.thread, PID.asks, PID.ask, PID.answer: see libcuda.c
 //   second              another process, with CUDA of its own, begun before the first one's
 //   forked              a child of the first process, which has its open files and no CUDA
-//   socket              an open file that CRIU cannot dump
+//   socket, io_uring    open files that CRIU cannot dump
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <fcntl.h>
@@ -21,11 +21,12 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
 enum { READY, TICKS, USES, BAD, MINORS, OPEN, CHECKPOINTS, RESTORES, UNLOCKS, TICKS_AT_RESTORE, BOOT };
-enum { WORDS = 1 << 19, BYTES = WORDS * 8, MOST_FILES = 64 };
+enum { WORDS = 3 << 20, BYTES = WORDS * 8, MOST_FILES = 64 };
 
 static volatile uint64_t *slots;
 static uint64_t *memory, *saved, seed, sum;
@@ -202,6 +203,9 @@ int main(int argc, char **argv)
 		forked |= !strcmp(argv[index], "forked");
 		if (!strcmp(argv[index], "socket") && socket(AF_VSOCK, SOCK_STREAM, 0) < 0)
 			return 3;
+		char parameters[120] = "";
+		if (!strcmp(argv[index], "io_uring") && syscall(SYS_io_uring_setup, 4, parameters) < 0)
+			return 4;
 	}
 	if (second && fork() == 0) {
 		begin();
