@@ -184,7 +184,8 @@ def _populated(host_pid: int, areas: Sequence[Span]) -> Iterator[Span]:
                 count = fcntl.ioctl(fd, _PAGEMAP_SCAN, argument)
                 found = [_REGION.unpack_from(regions, number * _REGION.size)[:2] for number in range(count)]
                 yield from union((first // PAGE_BYTES, last // PAGE_BYTES) for first, last in found)
-                at = _SCAN.unpack(argument)[4]
+                # Not walk_end, which after a last call that did not fill the buffer says an earlier place (seen on 6.18).
+                at = found[-1][1] if count == _REGIONS else end * PAGE_BYTES
     except OSError:
         return  # an old kernel, or a process that ended: what is not read ahead is read later, or is said then
     finally:
