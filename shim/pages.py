@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -53,10 +54,12 @@ class Delivery:
 
             join(folder, self.table, self.segments)
         if self.strategy is Pages.LAZY:
-            from smr.images.lazy_folder import load_all
+            with ThreadPoolExecutor(max_workers=1) as beside:
+                serving = beside.submit(_serve, self.table_path, self.segments, work)
+                from smr.images.lazy_folder import load_all
 
-            load_all(folder)
-            _serve(self.table_path, self.segments, work)
+                load_all(folder)
+                serving.result()
 
     @property
     def options(self) -> dict[str, str]:
