@@ -91,11 +91,7 @@ def measure_fill(bench: Bench, size_gib: float, cases: Sequence[str]) -> Iterato
         if {"dump", "split"}.intersection(cases):
             yield from measure_dumps(bench, image, cases)
         bench.dump(image)
-        stock = {
-            source: bench.restores(image, "stock", warm if source == "warm" else drop)
-            for source in ("warm", "cold")
-            if source in cases
-        }
+        stock = {source: bench.restores(image, "stock", warm if source == "warm" else drop) for source in _sources(cases)}
         bench.split(image)
         if "warm" in cases:
             yield fill_case("warm", image, stock["warm"], bench.restores(image, "fill", warm))
