@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -128,7 +128,7 @@ class LiveSplit:
 
     def _read_ahead(self) -> None:
         guess = self._live.candidates()
-        spans = [(pid, span) for pid, found in guess.items() for span in found if span[1] - span[0] >= MIN_RUN_PAGES]
+        spans = [(pid, span) for pid, found in guess.items() for span in _apart(found) if span[1] - span[0] >= MIN_RUN_PAGES]
         every = (piece for pid, (begin, end) in spans for piece in pieces(pid, [Entry(begin, end, 0, _TAKEN)]))
         self._early += self._submit(every, total(span for _, span in spans), self._try_read)
 
@@ -197,6 +197,15 @@ class LiveSplit:
         while view:
             count = os.pwrite(out, view, at)
             view, at = view[count:], at + count
+
+
+def _apart(spans: Sequence[Span]) -> Iterator[Span]:
+    """Without what is there twice: a page that two runs bring is a table that no restore takes."""
+    last = 0
+    for begin, end in sorted(spans):
+        if max(begin, last) < end:
+            yield max(begin, last), end
+        last = max(last, end)
 
 
 def _of_lazy(memory: Memory) -> list[Span]:

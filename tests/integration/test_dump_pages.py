@@ -161,7 +161,7 @@ def wrong_guess(live: Live, how: str) -> dict[int, list[Span]]:
     if how == "other pages":
         return {pid: [(begin - 7, begin + 93) for begin, end in spans if end - begin > 200] for pid, spans in right.items()}
     if how == "too many":
-        return {pid: [*spans[:-1], (spans[-1][0], spans[-1][1] + 5000)] for pid, spans in right.items()}
+        return {pid: [(begin, end + 5000) for begin, end in (*spans, *spans)] for pid, spans in right.items()}
     return {pid: [(begin + 100, end - 1) for begin, end in spans if end - begin > 200] for pid, spans in right.items()}
 
 
