@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import signal
 import struct
@@ -311,8 +310,3 @@ def alive(pid: int) -> bool:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     return False
-
-
-def signal_of(pid: int, number: signal.Signals) -> None:
-    """A signal, to a process that a test has started."""
-    os.kill(pid, number)

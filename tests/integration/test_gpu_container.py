@@ -443,6 +443,18 @@ def test_a_node_that_does_not_fit(node: GpuNode, image: str, case: str) -> None:
     assert node.runc("state", "again", check=False).returncode != 0
 
 
+def test_smr_check_says_the_same(node: GpuNode, image: str) -> None:
+    """`smr check IMAGE` is content with this node, and not with one that has another model."""
+    # It would ask engines too, and podman then mounts its storage.
+    env = {**node.runc.env, "PATH": str(node.node.bin)}
+    done = node.node.smr("check", image, env=env)
+    assert "NVIDIA H200, GPU-33333333" in done.stdout
+    lay(node, "model")
+    done = node.node.smr("check", image, env=env, check=False)
+    assert done.returncode != 0
+    assert "NVIDIA H100" in done.stdout
+
+
 def as_before(node: GpuNode) -> bool:
     """Whether the bundle's root has what a bundle has before its create."""
     before = contents(node.bundle("fresh"))

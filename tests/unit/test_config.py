@@ -106,7 +106,7 @@ def test_bad_values(tmp_path: Path, text: str) -> None:
     "text",
     [
         *("cache_share = 1.5", "cache_share = -0.1", 'cache_share = "0.5"', "cache_share = nan", "cache_share = true"),
-        *("fills = 0", "fills = 2.5", "fills = [1]", "fill_wait_s = -1", "fill_wait_s = inf"),
+        *("fills = 0", "fills = 2.5", "fills = [1]", "fill_wait_s = -1", "fill_wait_s = inf", "gpu_timeout_s = -1"),
     ],
 )
 def test_numbers_out_of_their_range(tmp_path: Path, text: str) -> None:
