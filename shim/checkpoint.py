@@ -137,8 +137,10 @@ class _Checkpoint:
         with Store(self.config.store).ingest() as ingest, held(self.target, self.config, self.hooks, stages) as hold:
             hold.quiesce()
             hold.take_gpu()
+            hooked: tuple[str, ...] = ()
             if hold.gpu is not None:
                 chosen = {**chosen, **dump_externals(self.target.pid, self.target.spec)}
+                hooked = hook_destinations(self.target.pid, self.target.spec)
             hold.freeze()
             pages, warnings = _capture(
                 self.target, ingest, self.tool, chosen, hold, self.config.log.parent, compress=self.compress
@@ -149,6 +151,7 @@ class _Checkpoint:
                 lost = _release(hold)
             with stages.stage("describe"):
                 facts = self._describe(ingest.path / "criu", addresses, hold)
+                facts = replace(facts, external_mounts=(*facts.external_mounts, *hooked))
                 facts = replace(facts, memory_bytes=pages.memory_bytes) if pages is not None else facts
             with stages.stage("split"):
                 _add_layers(self.target, ingest, pages, compress=self.compress)
@@ -170,9 +173,6 @@ class _Checkpoint:
             tasks=tuple(replace(task, stopped=True) if task.pid in halted else task for task in facts.tasks),
             pause_s=hold.pause_s(),
             stages_s=dict(self.stages.seconds),
-            external_mounts=(*facts.external_mounts, *hook_destinations(self.target.pid, self.target.spec))
-            if hold.gpu
-            else facts.external_mounts,
             gpu=hold.gpu.state if hold.gpu else None,
             hooks=self.hooks,
         )

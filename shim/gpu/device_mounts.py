@@ -108,7 +108,7 @@ class HookMount:
 
 def nvidia_mounts(pid: int, spec: Spec, mountinfo: str | None = None) -> list[HookMount]:
     """NVIDIA's mounts of the container of `pid` that its spec does not have. `external`: CRIU cannot carry it by itself."""
-    mounts = _mounts(Path(f"/proc/{pid}/mountinfo").read_text(errors="surrogateescape") if mountinfo is None else mountinfo)
+    mounts = _mounts(_mountinfo(pid) if mountinfo is None else mountinfo)
     root = Path(f"/proc/{pid}/root")
     named = {_resolved(root, mount.destination) for mount in spec.mounts} | nodes_of(spec).keys()
     return [
@@ -215,6 +215,17 @@ def _places(destination: str, spec: Spec) -> Iterable[str]:
         yield from (f"{folder}/{name}" for folder in _HOST_LIBRARIES)
     elif name in _PROGRAMS:
         yield from (f"{folder}/{name}" for folder in _HOST_PROGRAMS)
+
+
+def _mountinfo(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/mountinfo").read_text(errors="surrogateescape")
+    except OSError as error:
+        raise SmrError(
+            f"the mounts of process {pid} cannot be read: {error.strerror}",
+            hint="see whether the container has ended",
+            code=Code.CONTAINER_STATE,
+        ) from error
 
 
 def _mounts(text: str) -> list[HookMount]:

@@ -142,7 +142,7 @@ def _checkpoint(driver: Driver, pid: int, request: Mapping[str, object]) -> None
     size_bytes = int(expected.get(str(pid), 0)) if isinstance(expected, dict) else 0
     if not size_bytes or request.get("stopped"):
         return driver.checkpoint(pid)
-    with Prefault(pid, size_bytes, spare=host_thread(pid, driver.restore_thread(pid))):
+    with Prefault(pid, size_bytes):
         return driver.checkpoint(pid)
 
 

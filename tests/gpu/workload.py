@@ -10,7 +10,7 @@ Every server answers over HTTP, one request after the other:
     /count     {"count", "boot", "value"}: counts up, after a replay of a CUDA graph; `boot` is drawn once a process
     /check     {"digest", "values", "bytes", "boot"}: a digest of every byte of every tensor, made on the GPU, and numbers that
                depend on streams, graphs, pinned memory and the random state
-    /churn     frees and allocates among the fragments; {"allocated"}
+    /churn     frees and allocates among the fragments, changes others; {"allocated"}
     /next      loader: the next batch of an iterator that stays open; {"sum", "workers"}
     /children  {"pids"}: children, by their pid in the container
 
@@ -102,7 +102,8 @@ class Gpu:
         return float(self.out.double().sum())
 
     def churn(self) -> int:
-        """Free and allocate between the fragments: the allocator's own state is used, not only its memory."""
+        """Free and allocate between the fragments, and change a large tensor: the allocator's own state is used, too."""
+        self.big[0][: 1 << 10] += 1
         for number in range(1, 399, 4):
             self.fragments.pop(number, None)
         for number in range(0, 399, 4):
