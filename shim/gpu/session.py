@@ -43,7 +43,7 @@ _LOCK_GRACE_S = 2.0
 _ENDED_S = 2.0
 _LOOK_S = 0.1
 _RETIRE_S = 1.0
-_ROUNDS = 2
+_ROUNDS = 3
 _OUT_OF_MEMORY = 2
 _NOT_SUPPORTED = 801
 # CUresults that speak of the node and not of the process asked about: deinitialised, stub, fabric, versions, unknown.
@@ -235,7 +235,7 @@ class Session:
         raise self._error(call, failed, "; ".join(self._left(pids)))
 
     def _back(self, pids: Sequence[int], timeout_s: float, stopped: bool) -> list[str]:
-        """Restore and unlock; twice, because a call whose helper was killed may end later. What is left then, in words."""
+        """Restore and unlock, up to three times: a call whose helper was killed may end later. What is left then, in words."""
         dumb: set[int] = set()
         for _ in range(_ROUNDS):
             states = self._states(pids, dumb)
