@@ -1,15 +1,14 @@
 """Segments that wait in memory until there is time to write them.
 
 Who writes more to files than the kernel wants to have dirty is slowed down to the disk, and a container that is checkpointed
-would wait for that. Segments of a `cutting.Job` with `staged` are anonymous files in memory; `land` copies them to where they
-belong when nobody waits any more, hashes them on the way, and gives the memory back as it goes. They end with their process.
+would wait for that. Segments of a `cutting.Job` with `staged` are made in memory of this process; `land` copies them to where
+they belong when nobody waits any more, hashes them on the way, and gives the memory back as it goes.
 """
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import io
+import mmap
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +18,7 @@ from pathlib import Path
 from smr.images.cutting import Segment, Split, thread_count
 from smr.images.files import writing
 
-_PUNCH_HOLE_KEEP_SIZE = 0x2 | 0x1
 _COPY_BYTES = 2 << 20
-_FREE_BYTES = 32 << 20
 
 
 def dirty_room(vmstat: str) -> int:
@@ -39,7 +36,7 @@ def dirty_room(vmstat: str) -> int:
 class Staged:
     """Segments in memory, by the path that they are for."""
 
-    files: Mapping[Path, io.FileIO]
+    files: Mapping[Path, mmap.mmap]
 
     def land(self, split: Split) -> Split:
         """Write them; the same split, with digests. Once. Raises DISK_FULL."""
@@ -54,20 +51,14 @@ class Staged:
         return replace(split, segments=[replace(one, digest=digests.get(one.path, one.digest)) for one in split.segments])
 
     def _land(self, segment: Segment) -> str:
-        digest, at = hashlib.sha256(), 0
-        buffer = memoryview(bytearray(_COPY_BYTES))
-        with self.files[segment.path] as source, segment.path.open("xb", buffering=0) as target:
+        digest, memory = hashlib.sha256(), self.files[segment.path]
+        source = memoryview(memory)
+        with segment.path.open("xb", buffering=0) as target:
             segment.path.chmod(0o600)
-            while count := os.preadv(source.fileno(), [buffer], at):
-                digest.update(buffer[:count])
-                view = buffer[:count]
+            for at in range(0, segment.size_bytes, _COPY_BYTES):
+                view = source[at : min(at + _COPY_BYTES, segment.size_bytes)]
+                digest.update(view)
                 while view:
                     view = view[target.write(view) :]
-                at += count
-                if at % _FREE_BYTES == 0:
-                    _fallocate(source.fileno(), _PUNCH_HOLE_KEEP_SIZE, at - _FREE_BYTES, _FREE_BYTES)
+                memory.madvise(mmap.MADV_DONTNEED, at, min(_COPY_BYTES, len(memory) - at))
         return f"sha256:{digest.hexdigest()}"
-
-
-_fallocate = ctypes.CDLL(None, use_errno=True).fallocate
-_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long)
