@@ -168,7 +168,8 @@ class Frozen:
 
     def dump(self, name: str, *options: object, check: bool = True, pass_fds: Sequence[int] = ()) -> Dump:
         """Dump it, and leave it as it is."""
-        words = ["--leave-running", "--freeze-cgroup", self.cgroup, *options]
+        # A restore would make the cgroup anew, and leave it.
+        words = ["--leave-running", "--freeze-cgroup", self.cgroup, "--manage-cgroups=ignore", *options]
         return _dump(Dump(self.criu, self.folder, self.folder / name), self.pid, *words, check=check, pass_fds=pass_fds)
 
     def lazy_dump(self, name: str) -> Dump:
