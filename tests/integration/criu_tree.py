@@ -79,6 +79,7 @@ class Dump:
         pid_file.unlink(missing_ok=True)
         argv = [self.criu, "restore", "--shell-job", "--restore-detached", "--leave-stopped", "--images-dir", self.images]
         argv += ["--work-dir", self.images, "--log-file", "restore.log", "-v3", "--pidfile", pid_file, *options]
+        argv.append("--manage-cgroups=ignore")  # else it would make that of a frozen tree anew, and leave it
         with _reaper():
             done = subprocess.run(
                 argv, check=False, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -168,8 +169,7 @@ class Frozen:
 
     def dump(self, name: str, *options: object, check: bool = True, pass_fds: Sequence[int] = ()) -> Dump:
         """Dump it, and leave it as it is."""
-        # A restore would make the cgroup anew, and leave it.
-        words = ["--leave-running", "--freeze-cgroup", self.cgroup, "--manage-cgroups=ignore", *options]
+        words = ["--leave-running", "--freeze-cgroup", self.cgroup, *options]
         return _dump(Dump(self.criu, self.folder, self.folder / name), self.pid, *words, check=check, pass_fds=pass_fds)
 
     def lazy_dump(self, name: str) -> Dump:
