@@ -32,7 +32,7 @@ from smr.proto.annotations import CRIU_OPTIONS, Annotations, Check, Tcp
 from smr.proto.checkpoint import MOUNT_ANNOTATION, CheckpointConfig, LayerType
 from smr.proto.errors import Code, SmrError
 from smr.proto.oci import Mount, Spec, parse_spec
-from smr.shim import criu, engines, mountinfo, namespaces, pages, preflight, procs
+from smr.shim import criu, engines, mount_flags, mountinfo, namespaces, pages, preflight, procs
 from smr.shim.config import Config, load
 from smr.shim.criu import Criu
 from smr.shim.files import drop_tree, remove_tree, write_atomic
@@ -83,9 +83,9 @@ def restore(call: RuntimeCall, spec: Spec, annotations: Annotations, config: Con
                 gpu.check()
         with state.stage("create"):
             run_restore(call, image, annotations, delivery.options | externals, tool, state)
-            state.record.pid = _pid(call, state)
-            state.record.pid_started = procs.started(state.record.pid)
+            _note_pid(call, state)
         state.save()
+        mount_flags.keep_to_spec(state.record.pid, spec, state.record.rootfs, annotations)
         if gpu is not None:
             _judge(state, image, source, annotations)  # what is wrong anyway need not reach a GPU
             with state.stage("gpu_devices"):
@@ -384,10 +384,11 @@ def _restore_argv(call: RuntimeCall, state: ContainerState, flags: list[str]) ->
     return [state.record.runtime, *call.global_args, "restore", "--detach", *paths, *carried, *cgroups_mode, *flags, call.id]
 
 
-def _pid(call: RuntimeCall, state: ContainerState) -> int:
+def _note_pid(call: RuntimeCall, state: ContainerState) -> None:
     path = Path(call.option("pid-file") or state.path / "pid")
     try:
-        return int(path.read_text())
+        state.record.pid = int(path.read_text())
+        state.record.pid_started = procs.started(state.record.pid)
     except (OSError, ValueError) as error:
         raise SmrError(f"the runtime left no pid in {path}", code=Code.RUNTIME_FAILED) from error
 
