@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from smr.proto.annotations import Tcp
@@ -74,9 +74,26 @@ def dump(
     )
     env = {**os.environ, **tool.environment(config_file)}
     fds = guard.pass_fds if server is None else (*guard.pass_fds, server)
-    result = subprocess.run(argv, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, pass_fds=fds)
-    if result.returncode != 0:
-        raise _failure(target, folder, criu.keep_log(work / "dump.log", logs / f"checkpoint-{target.id}.log"), result.stderr)
+    status, said = _to_its_end(argv, env, fds)
+    if status != 0:
+        raise _failure(target, folder, criu.keep_log(work / "dump.log", logs / f"checkpoint-{target.id}.log"), said)
+
+
+def _to_its_end(argv: Sequence[str], env: Mapping[str, str], fds: Sequence[int]) -> tuple[int, str]:
+    """Exit status and stderr of a program that is not ended in the middle, whatever ends us: CRIU has a parasite in the tree.
+
+    A process group of its own spares it a terminal's Ctrl-C.
+    """
+    null, pipe = subprocess.DEVNULL, subprocess.PIPE
+    process = subprocess.Popen(
+        argv, env=env, stdin=null, stdout=null, stderr=pipe, text=True, errors="replace", pass_fds=fds, process_group=0
+    )
+    try:
+        _, said = process.communicate()
+    except BaseException:
+        process.communicate()
+        raise
+    return process.returncode, said
 
 
 def lazy_options(server: int) -> dict[str, str]:

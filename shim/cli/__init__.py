@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
 
 import click
 
@@ -59,16 +64,39 @@ def cli() -> None:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the console script. Exit status: see docs/cli.md."""
     arguments = sys.argv[1:] if argv is None else argv
+    ended: list[int] = []
     try:
-        result = cli.main(arguments, prog_name="smr", standalone_mode=False)
+        with _ended_as_interrupted(ended):
+            result = cli.main(arguments, prog_name="smr", standalone_mode=False)
     except SmrError as error:
         _fail(error, "--json" in arguments)
-    except click.Abort:
-        _fail(SmrError("interrupted", code=Code.INTERNAL), as_json=False, status=130)
+    except (click.Abort, KeyboardInterrupt):
+        _fail(SmrError("interrupted", code=Code.INTERNAL), as_json=False, status=128 + (ended or [signal.SIGINT])[0])
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     sys.exit(result if isinstance(result, int) else 0)
+
+
+@contextlib.contextmanager
+def _ended_as_interrupted(ended: list[int]) -> Iterator[None]:
+    """SIGTERM and SIGHUP end a command as Ctrl-C does, so that it takes back what it has done; they are noted in `ended`.
+
+    Only the first does: the next would end that. One that the caller ignores (nohup) stays ignored.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        ended.append(number)
+        if len(ended) == 1:
+            raise KeyboardInterrupt
+
+    numbers = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, end) for number in numbers if signal.getsignal(number) is signal.SIG_DFL}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _fail(error: SmrError, as_json: bool, status: int | None = None) -> None:

@@ -375,24 +375,40 @@ def test_smr_checkpoint_is_killed(node: GpuNode, stage: str) -> None:
         node.checkpoint("killed:2")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_smr_checkpoint_is_interrupted(node: GpuNode, number: signal.Signals) -> None:
-    """Ctrl-C, or a kill, with a process in a call that does not return: the container is given back."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("stage", ["checkpoint", "dump", "hook"])
+def test_smr_checkpoint_is_interrupted(node: GpuNode, number: signal.Signals, stage: str) -> None:
+    """Ctrl-C, a kill, or a terminal that goes: the container is given back, nothing is left in the store, the status says why.
+
+    A call of the driver's that does not return is given up; CRIU is waited for.
+    """
     pid = node.start("source", "second")
-    node.fault("checkpoint", "once late 50", node.inner(node.tree(pid)[1]))
-    process = node.spawn(node.checkpoint_argv("interrupted:1", *HOOKS))
+    quiesce, resume = HOOKS[1], HOOKS[3]
+    if stage == "checkpoint":
+        node.fault("checkpoint", "once late 50", node.inner(node.tree(pid)[1]))
+    elif stage == "dump":
+        (node.fake / "hold.checkpoint").touch()
+    else:
+        quiesce = _WAIT
+    process = node.spawn(node.checkpoint_argv("interrupted:1", "--quiesce", quiesce, "--resume", resume))
     try:
-        eventually(lambda: _is_in(node, "checkpoint", pid), what="it is in the checkpoint")
+        eventually(lambda: _is_in(node, stage, pid), what=f"it is in the {stage}")
         process.send_signal(number)
-        assert process.wait(30) != 0
+        process.send_signal(number if number is not signal.SIGINT else 0)  # again: that ends nothing half-way
+        if stage == "dump":
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(1)
+            (node.fake / "hold.checkpoint").unlink()
+        assert process.wait(30) == 128 + number
     finally:
         node.kill(process)
-    eventually(lambda: node.text(pid, "hooks") == "quiesce 0\nresume 0\n", what="it is given back")
+    assert list((node.node.store / "ingest").glob("*/")) == []
+    eventually(lambda: node.text(pid, "hooks").endswith("resume 0\n"), what="it is given back")
     for one in node.tree(pid):
         node.serves(one)
     eventually(lambda: not node.helpers(), what="no process of ours")
     assert not node.has_image("interrupted:1")
-    node.node.smr("gc")
+    assert node.runc.state("source")["status"] == "running"
 
 
 def _is_in(node: GpuNode, stage: str, pid: int) -> bool:
