@@ -24,6 +24,8 @@ from tests.integration.command import run
 _CLONE_NEWNS = 0x20000
 # Made once by an engine and kept for all containers of its life.
 _KEPT_MOUNTS = ("/run/netns",)
+# CRIU asks no TMPDIR.
+_CRIU_FOLDERS = "/tmp/.criu"
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,32 @@ class Sandbox:
             processes=frozenset(self.processes()),
             namespaces=frozenset(entry.name for entry in Path("/run/netns").glob("*")),
             files=frozenset(self._files()),
+            shared=self._shared(),
         )
 
     def cgroups(self) -> Iterator[str]:
         """Cgroup directories of test containers. Their parent, and podman's for its monitors, are made once and stay."""
-        for directory, folders, _ in os.walk("/sys/fs/cgroup"):
-            if self.token in directory:
+        for top in self.tops():
+            for directory, folders, _ in os.walk(top):
                 yield from (f"{directory}/{name}" for name in folders if name != "conmon")
+
+    def tops(self) -> list[Path]:
+        """Their parents: at the top of a hierarchy. What has our name further below is a copy of another session's."""
+        cgroup = Path("/sys/fs/cgroup")
+        found = [*cgroup.glob(self.token), *cgroup.glob(f"*/{self.token}")]
+        unified = (cgroup / "cgroup.controllers").exists()
+        return [path for path in found if path.is_dir() and (path.parent == cgroup or not unified)]
+
+    def _shared(self) -> bool:
+        """Whether other sessions of tests, or others' CRIU, are at work on this machine."""
+        ours = {pid for pid, _ in self.processes()}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and int(entry.name) not in ours:
+                with contextlib.suppress(OSError):
+                    if (entry / "comm").read_text() == "criu\n":
+                        return True
+        sessions = (path.name.partition("-")[0] for path in self.base.parent.glob("smrt*-*"))
+        return any(Path(f"/proc/{token.removeprefix('smrt')}").exists() for token in sessions if token != self.token)
 
     def processes(self) -> Iterator[tuple[int, str]]:
         """Processes of the tests: engines, monitors, shims, runtimes, containers."""
@@ -68,7 +89,7 @@ class Sandbox:
             yield from (str(path) for path in folder.glob("*") if path.name != ".lock")
         yield from (str(path) for path in self.base.glob("node-*/store/**/*.tmp*"))
         yield from (str(path) for path in self.base.glob("node-*/store/leases/*"))
-        yield from (str(path) for path in Path("/tmp").glob(".criu*"))  # CRIU asks no TMPDIR
+        yield from (str(path) for path in Path("/tmp").glob(f"{Path(_CRIU_FOLDERS).name}*"))
         yield from (str(path) for path in Path("/run/runc").glob("*"))
         yield from (str(path) for path in Path("/run/containerd").glob("runc/*/*"))
         yield from (str(path) for path in Path("/run/containerd").glob("s/*"))
@@ -83,9 +104,10 @@ class Snapshot:
     processes: frozenset[tuple[int, str]]
     namespaces: frozenset[str]
     files: frozenset[str]
+    shared: bool = False
 
     def left_since(self, before: Snapshot) -> list[str]:
-        """What is here and was not there, one line each."""
+        """What is here and was not there, one line each. CRIU's folders in /tmp tell nobody whose they are: only alone."""
         mounts = list(self.mounts)
         for mount in before.mounts:
             with contextlib.suppress(ValueError):
@@ -95,7 +117,11 @@ class Snapshot:
             *(f"cgroup {cgroup}" for cgroup in sorted(self.cgroups - before.cgroups)),
             *(f"process {pid} {command[:200]}" for pid, command in sorted(self.processes - before.processes)),
             *(f"network namespace {name}" for name in sorted(self.namespaces - before.namespaces)),
-            *(f"file {path}" for path in sorted(self.files - before.files)),
+            *(
+                f"file {path}"
+                for path in sorted(self.files - before.files)
+                if not (path.startswith(_CRIU_FOLDERS) and (self.shared or before.shared))
+            ),
         ]
 
 
@@ -144,8 +170,8 @@ def _clean(box: Sandbox) -> None:
     for point in reversed(points):
         if point.startswith((f"{box.base}/", "/run/")):
             run(["umount", "-l", point], check=False)
-    for directory, _, _ in os.walk("/sys/fs/cgroup", topdown=False):
-        if box.token in directory:
+    for top in box.tops():
+        for directory, _, _ in os.walk(top, topdown=False):
             with contextlib.suppress(OSError):
                 os.rmdir(directory)
     shutil.rmtree(box.base, ignore_errors=True)
