@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from smr.images.pin import Pin
     from smr.images.store import Broken, Image, Removed, Store
     from smr.images.verify import Verification
+    from smr.proto.checkpoint import CheckpointConfig
 
 
 @click.group()
@@ -162,10 +164,31 @@ def _described(image: Image, cached: str) -> Iterator[tuple[str, str]]:
     yield "host", f"{config.host.architecture}, Linux {config.host.kernel}, CRIU {config.host.criu}, {config.host.runtime}"
     yield "cpu", config.host.cpu_model
     yield "processes", ", ".join(f"{task.pid} {task.command}" for task in config.tasks)
+    yield from _gpus(config)
     yield "mounts", ", ".join(config.external_mounts)
     yield "addresses", ", ".join(config.addresses)
     yield "tcp", config.tcp
     yield "pause", f"{config.pause_s:.3f} s" if config.pause_s else ""
+    yield "quiesce", config.hooks.quiesce
+    yield "resume", config.hooks.resume
+
+
+def _gpus(config: CheckpointConfig) -> Iterator[tuple[str, str]]:
+    """A line for all GPUs of a model, and one for what each process had of GPU memory."""
+    state = config.gpu
+    if state is None:
+        return
+    counts = Counter(f"{gpu.name}, {size(gpu.memory_bytes)}" for gpu in state.gpus)
+    models = "; ".join(f"{count} x {model}" for model, count in counts.items())
+    yield "gpus", f"{models or 'none'}; driver {state.driver}"
+    names = {task.pid: f"{task.pid} {task.command}" for task in config.tasks}
+    yield (
+        "gpu memory",
+        ", ".join(
+            f"{names.get(task.pid, task.pid)}: {' + '.join(size(count) for count in task.vram_bytes.values()) or size(0)}"
+            for task in state.tasks
+        ),
+    )
 
 
 def _pinned() -> Mapping[str, Pin]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from smr.images.pagecache import cached_bytes_of
 from smr.images.store import Store
-from smr.proto.checkpoint import LayerType
+from smr.proto.checkpoint import CudaTask, Gpu, GpuState, Hooks, LayerType
 from smr.shim.cli import main
 from tests.store_support import commit, make_config, rewrite_blob
 
@@ -128,6 +129,28 @@ def test_inspect_shows_container_host_and_layers(store: Store, smr: Smr) -> None
     assert [layer["size"] for layer in found["layers"]] == [layer.size_bytes for layer in image.layers]
     assert found["annotations"]["io.podman.annotations.checkpoint.name"] == "llama"
     assert 0 <= found["cached_share"] <= 1
+
+
+def test_inspect_shows_gpus_and_hooks(store: Store, smr: Smr) -> None:
+    """GPUs by model, the driver, the GPU memory of each process on each GPU, and the hooks; none of it for others."""
+    state = GpuState(
+        driver="580.159.04",
+        gpus=(
+            Gpu(uuid="GPU-1", name="NVIDIA H200", memory_bytes=140 << 30),
+            Gpu(uuid="GPU-2", name="NVIDIA H200", memory_bytes=140 << 30),
+        ),
+        tasks=(CudaTask(pid=1, vram_bytes={"GPU-1": 8 << 30, "GPU-2": 512 << 20}), CudaTask(pid=7)),
+    )
+    hooks = Hooks(quiesce="vllm", resume="POST /resume")
+    commit(store, "llama:gpu", config=replace(make_config(), gpu=state, hooks=hooks))
+    lines = smr("images", "inspect", "llama:gpu").splitlines()
+    found = {line[:16].strip(): line[16:] for line in lines}
+    assert found["gpus"] == "2 x NVIDIA H200, 140.0 GiB; driver 580.159.04"
+    assert found["gpu memory"] == "1 serve: 8.0 GiB + 512.0 MiB, 7: 0 B"
+    assert (found["quiesce"], found["resume"]) == ("vllm", "POST /resume")
+    commit(store, "llama:cpu")
+    without = smr("images", "inspect", "llama:cpu")
+    assert not any(word in without for word in ("gpu", "quiesce", "resume"))
 
 
 def test_unknown_image_exits_3_with_a_suggestion(store: Store, smr: Smr) -> None:
