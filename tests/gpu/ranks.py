@@ -101,8 +101,16 @@ def lead(rank: Rank, links: list[socket.socket]) -> None:
         for other in others:
             other.write(order + "\n")
             other.flush()
-        own = rank.obey(order)
-        return [own, *(json.loads(other.readline()) for other in others)]
+        try:
+            own = rank.obey(order)
+        except RuntimeError as error:
+            own = {"error": str(error)}
+        # All are heard, also when one could not: the next order's answers come on the same lines.
+        answers = [own, *(json.loads(other.readline()) for other in others)]
+        failed = [answer for answer in answers if isinstance(answer, dict) and "error" in answer]
+        if failed:
+            raise RuntimeError(failed[0]["error"])
+        return answers
 
     def counted() -> dict[str, object]:
         nonlocal count
