@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.gpu import cdi
-from tests.gpu.container import GpuRunc
+from tests.gpu.container import GpuRunc, network
 from tests.integration.command import eventually
 
 pytestmark = pytest.mark.usefixtures("two_gpus")
 WORDS = ("server", "--vram-gib", "2")
 RANKS = ("--ranks", "2")
 # What lets ranks be checkpointed as they are: no memory of another process or GPU is mapped. CRIU brings the connections back.
-SOCKETS = ("NCCL_P2P_DISABLE=1", "NCCL_SHM_DISABLE=1", "NCCL_NVLS_ENABLE=0", "NCCL_IB_DISABLE=1")
+SOCKETS = ("NCCL_P2P_DISABLE=1", "NCCL_SHM_DISABLE=1", "NCCL_NVLS_ENABLE=0", "NCCL_IB_DISABLE=1", "NCCL_SOCKET_IFNAME=lo")
 DEFAULT = ("NCCL_NVLS_ENABLE=0",)
 
 
@@ -31,11 +32,6 @@ def image(runc: GpuRunc) -> Iterator[tuple[str, dict[str, object]]]:
     yield "gpu-zero:1", check
     runc.remove_all()
     runc.drop("gpu-zero:1")
-
-
-def on_host_network(spec: dict[str, Any]) -> None:
-    """No network namespace of its own: in one that runc makes, lo is down while CRIU connects sockets to each other."""
-    spec["linux"]["namespaces"] = [one for one in spec["linux"]["namespaces"] if one["type"] != "network"]
 
 
 def used_by(pid: int) -> set[str]:
@@ -108,19 +104,22 @@ def test_one_process_on_both(runc: GpuRunc) -> None:
     runc.drop("gpu-both:1")
 
 
-def test_ranks_over_sockets_survive(runc: GpuRunc) -> None:
+def test_ranks_over_sockets_survive(runc: GpuRunc, tmp_path: Path) -> None:
     """Two ranks reduce on after the checkpoint, and again in the restored container, over the connections they had."""
-    more: dict[str, Any] = {"program": "ranks.py", "devices": ("0", "1"), "env": SOCKETS, "edit": on_host_network}
-    runc.start("source", *RANKS, **more)
-    runc.ready("source")
-    check = runc.ask("source", "check")
-    runc.checkpoint("source", "gpu-ranks:1", "--tcp", "established")
-    assert runc.ask("source", "check") == check
-    runc.remove("source")
-    runc.restore("again", "gpu-ranks:1", *RANKS, annotations={"smr.tcp": "established"}, **more)
-    assert runc.ask("again", "check") == check
-    assert runc.ask("again", "count")["value"] == [check["value"][0]] * 2
-    runc.remove("again")
+    more: dict[str, Any] = {"program": "ranks.py", "devices": ("0", "1"), "env": SOCKETS}
+    with network(tmp_path / "before") as there:
+        runc.start("source", *RANKS, edit=there, **more)
+        runc.ready("source")
+        check = runc.ask("source", "check")
+        runc.checkpoint("source", "gpu-ranks:1", "--tcp", "established")
+        assert runc.ask("source", "check") == check
+        runc.remove("source")
+    # In the runtime's own namespace `lo` would be down while CRIU connects sockets to each other.
+    with network(tmp_path / "after") as there:
+        runc.restore("again", "gpu-ranks:1", *RANKS, edit=there, annotations={"smr.tcp": "established"}, **more)
+        assert runc.ask("again", "check") == check
+        assert runc.ask("again", "count")["value"] == [check["value"][0]] * 2
+        runc.remove("again")
     runc.drop("gpu-ranks:1")
 
 

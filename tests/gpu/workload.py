@@ -88,7 +88,8 @@ class Gpu:
                 torch.tanh(self.x @ self.x * 0.01)
         torch.cuda.current_stream(self.device).wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device), torch.cuda.graph(self.graph):
+        # Its own stream: torch's default one for captures is of the first GPU that made one.
+        with torch.cuda.device(self.device), torch.cuda.graph(self.graph, stream=side):
             self.out = torch.tanh(self.x @ self.x * 0.01)
         torch.cuda.synchronize(self.device)
 
