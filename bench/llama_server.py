@@ -121,6 +121,9 @@ def load(folder: Path, device: str) -> Any:
     # Its tables are no weights: they stand in no file, and were made on the meta device.
     with torch.device(device):
         model.model.rotary_emb = LlamaRotaryEmbedding(config=model.config)
+    # What the copies went through: page-locked memory, a GiB of it, which torch would keep for the next copies.
+    if device != "cpu":
+        torch._C._host_emptyCache()
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.device.type == "meta"]
     if left:
         raise SystemExit(f"llama_server: no weights in {folder} for {left[:3]}")
