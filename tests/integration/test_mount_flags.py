@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import pytest
 
 from smr.proto.errors import Code
 from tests.integration.command import run
+from tests.integration.podman import Podman
 from tests.integration.runc import Edit, Runc
+from tests.integration.sandbox import Sandbox
 
 FAIL = {"smr.fallback": "fail"}
 COMMAND = ("python3", "/app/workload.py")
@@ -140,3 +143,20 @@ def test_a_file_that_is_open_for_writing(restoring_runc: Runc, volume: Path) -> 
     assert json.loads(runc.node.log_text().splitlines()[-1])["code"] == Code.MOUNT_MISMATCH
     assert runc("state", "again", check=False).returncode != 0
     assert runc.node.records() == {}
+
+
+@pytest.mark.parametrize("users", [(), ("--uidmap=0:200000:65536", "--gidmap=0:200000:65536")], ids=["", "user namespace"])
+@pytest.mark.parametrize(("before", "after"), [("rw", "ro"), ("ro", "rw")])
+def test_a_volume_of_podman(podman: Podman, box: Sandbox, before: str, after: str, users: tuple[str, ...]) -> None:
+    """`-v X:/data:rw` at the checkpoint and `:ro` at the restore, and the other way round: what the last command says."""
+    folder = Path(tempfile.mkdtemp(dir=box.base))  # CRIU looks for it as the container's root
+    folder.chmod(0o777)
+    podman.start("source", options=("-v", f"{folder}:/data:{before}", *users))
+    podman.ready("source")
+    podman.checkpoint("source", "podman-flags:1")
+    podman.remove("source")
+    wanted = {"smr.restore": "podman-flags:1", **FAIL}
+    podman.start("again", options=("-v", f"{folder}:/data:{after}", *users), annotations=wanted)
+    done = podman.exec("again", "sh", "-c", "echo text >/data/new", check=False)
+    assert ("Read-only file system" in done.stderr) == (after == "ro")
+    assert (folder / "new").exists() == (after == "rw")
