@@ -52,7 +52,7 @@ def make_root(folder: Path) -> Path:
 
 @contextmanager
 def network(file: Path) -> Iterator[Edit]:
-    """A network namespace with `lo` up, as engines make them before they call the runtime: an edit that puts a container in it."""
+    """A network namespace with `lo` up, as engines make them before the runtime is called: an edit for containers in it."""
     file.touch()
     up = "import fcntl, socket, struct; fcntl.ioctl(socket.socket(), 0x8914, struct.pack('16sh14x', b'lo', 0x41))"
     run(["unshare", f"--net={file}", sys.executable, "-c", up])
