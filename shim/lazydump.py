@@ -42,6 +42,8 @@ _PIPE_BYTES = 4 << 20
 # What CRIU opens besides those of the processes: images, service descriptors, what it asks of /proc.
 _OTHER_FILES = 1024
 _REFREEZE_S = 2.0
+# What forked processes share is compared and copied while all wait: 13 s for 7 GB of 16 compile workers, on as many cores.
+_MOST_COMMON_BYTES = 1 << 30
 # Memory that segments must leave to others when they wait there.
 _LEFT_BYTES = 1 << 30
 
@@ -144,6 +146,9 @@ def _obstacle(target: Target, tree: Sequence[Process], need_bytes: int) -> str:
     """Why a lazy dump is not tried; "" when nothing speaks against it."""
     if len({process.ns_pid for process in tree}) != len(tree):
         return "processes of other pid namespaces are among those of the container"
+    common = _common_bytes(tree)
+    if common > _MOST_COMMON_BYTES:
+        return f"forked processes have about {common >> 20} MiB in common with their parents, which stays CRIU's anyway"
     if not is_frozen(target.pid):
         return "it is not to be seen that the container is frozen"
     needed, limit = _files_needed(need_bytes, tree), raise_file_limit()
@@ -174,6 +179,26 @@ def _anonymous_bytes(tree: Sequence[Process]) -> int:
         lines = _read(PROC / str(process.pid) / "status").splitlines()
         total += sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("RssAnon:", "VmSwap:")))
     return total
+
+
+def _common_bytes(tree: Sequence[Process]) -> int:
+    """A guess of what processes have in common with a parent that they were forked from: most of their memory, or nothing."""
+    known = {process.pid: _anonymous_bytes([process]) for process in tree}
+    common = 0
+    for process in tree:
+        parent = procs.parent(process.pid)
+        if known.get(parent) and known[process.pid]:
+            ours, theirs = _mapped(process.pid), _mapped(parent)
+            if 2 * len(ours & theirs) > len(ours):
+                common += min(known[process.pid], known[parent])
+    return common
+
+
+def _mapped(pid: int) -> set[str]:
+    """Where a process has private anonymous memory: addresses that are equal by chance are few."""
+    return {
+        line.split()[0] for line in _read(PROC / str(pid) / "maps").splitlines() if len(line.split()) == 5 and " rw-p " in line
+    }
 
 
 def _wait_in_memory(need_bytes: int) -> bool:

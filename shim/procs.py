@@ -47,6 +47,14 @@ def children(pid: int) -> list[int]:
     return found
 
 
+def parent(pid: int) -> int:
+    """The parent's pid; 0 when the process is gone, or has none here."""
+    try:
+        return int((PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
 def describe(pid: int) -> Process | None:
     """State of one process, or None when it is gone."""
     try:
