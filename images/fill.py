@@ -29,8 +29,10 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from pathlib import Path
 
+from smr.images import process_vm
 from smr.images.pagecache import cached_bytes, read_ahead
 from smr.images.pagetable import PAGE_BYTES, Chunk, Codec, PageTable, Run
+from smr.images.process_vm import Iovec
 from smr.images.spans import Span, union
 from smr.proto.errors import Code, SmrError
 
@@ -233,10 +235,10 @@ class _Job:
     def _write(self, piece: _Piece, address: int) -> None:
         """Copy from `address` of ours to the targets, all of them one after the other."""
         sizes = [end - begin for begin, end in piece.targets]
-        remote = (_Iovec * len(sizes))(*(_Iovec(begin, end - begin) for begin, end in piece.targets))
-        local = _Iovec(address, sum(sizes))
+        remote = (Iovec * len(sizes))(*(Iovec(begin, end - begin) for begin, end in piece.targets))
+        local = Iovec(address, sum(sizes))
         pid = self.pids[piece.pid]
-        done = _process_vm_writev(pid, ctypes.byref(local), 1, remote, len(sizes), 0)
+        done = process_vm.writev(pid, ctypes.byref(local), 1, remote, len(sizes), 0)
         if done == local.size:
             return
         number = ctypes.get_errno() if done < 0 else errno.EFAULT
@@ -251,21 +253,7 @@ def _address(data: bytes | bytearray | memoryview) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(data))
 
 
-class _Iovec(ctypes.Structure):
-    _fields_ = (("address", ctypes.c_void_p), ("size", ctypes.c_size_t))
-
-
 _libc = ctypes.CDLL(None, use_errno=True)
-_process_vm_writev = _libc.process_vm_writev
-_process_vm_writev.restype = ctypes.c_ssize_t
-_process_vm_writev.argtypes = (
-    ctypes.c_int,
-    ctypes.POINTER(_Iovec),
-    ctypes.c_ulong,
-    ctypes.POINTER(_Iovec),
-    ctypes.c_ulong,
-    ctypes.c_ulong,
-)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)

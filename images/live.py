@@ -18,7 +18,9 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 
+from smr.images import process_vm
 from smr.images.pagetable import PAGE_BYTES
+from smr.images.process_vm import Iovec
 from smr.images.spans import Span, union
 from smr.proto.errors import Code, SmrError
 
@@ -209,28 +211,11 @@ def _same_frame(one: int, two: int) -> bool:
     return one >= _HAS_FRAME and two >= _HAS_FRAME and one & _FRAME == two & _FRAME != 0
 
 
-class _Iovec(ctypes.Structure):
-    _fields_ = (("address", ctypes.c_void_p), ("size", ctypes.c_size_t))
-
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_process_vm_readv = _libc.process_vm_readv
-_process_vm_readv.restype = ctypes.c_ssize_t
-_process_vm_readv.argtypes = (
-    ctypes.c_int,
-    ctypes.POINTER(_Iovec),
-    ctypes.c_ulong,
-    ctypes.POINTER(_Iovec),
-    ctypes.c_ulong,
-    ctypes.c_ulong,
-)
-
-
 def _vm_read(host_pid: int, address: int, view: memoryview) -> int:
     """How many bytes were read; -1 for none."""
-    local = _Iovec(ctypes.addressof(ctypes.c_char.from_buffer(view)), len(view))
-    remote = _Iovec(address, len(view))
+    local = Iovec(ctypes.addressof(ctypes.c_char.from_buffer(view)), len(view))
+    remote = Iovec(address, len(view))
     while True:
-        done = int(_process_vm_readv(host_pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0))
+        done = int(process_vm.readv(host_pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0))
         if done >= 0 or ctypes.get_errno() != errno.EINTR:
             return done

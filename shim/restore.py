@@ -22,34 +22,30 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smr.images.image import Image
 from smr.images.store import Store
-from smr.proto.annotations import CRIU_OPTIONS, Annotations, Check, Tcp
+from smr.proto.annotations import Annotations, Check
 from smr.proto.checkpoint import MOUNT_ANNOTATION, CheckpointConfig, LayerType
 from smr.proto.errors import Code, SmrError
 from smr.proto.oci import Mount, Spec, parse_spec
-from smr.shim import criu, engines, mount_flags, mountinfo, namespaces, pages, preflight, procs
-from smr.shim.config import Config, load
-from smr.shim.criu import Criu
+from smr.shim import criu, engines, mount_flags, mountinfo, namespaces, pages, preflight
+from smr.shim.config import Config
 from smr.shim.files import drop_tree, remove_tree, write_atomic
 from smr.shim.oci_args import RuntimeCall
 from smr.shim.pages import Delivery
 from smr.shim.resume import write_marker
+from smr.shim.runtime_restore import external_options, note_pid, run_restore
 from smr.shim.state import ContainerState, Status
 
 if TYPE_CHECKING:
     from smr.shim.gpu.revive import Revival
 
-_RESTORE_FLAGS = ("console-socket", "no-pivot", "pid-file")
-_BASE_TIMEOUT_S = 60.0
 # Below this CRIU has read the pages before another Python has started.
 _PREFETCH_FROM_BYTES = 64 << 20
-# Slower than any disk worth restoring from; beyond that CRIU hangs.
-_BYTES_PER_S = 50e6
 
 
 def restore(call: RuntimeCall, spec: Spec, annotations: Annotations, config: Config, state: ContainerState) -> None:
@@ -83,7 +79,7 @@ def restore(call: RuntimeCall, spec: Spec, annotations: Annotations, config: Con
                 gpu.check()
         with state.stage("create"):
             run_restore(call, image, annotations, delivery.options | externals, tool, state)
-            _note_pid(call, state)
+            note_pid(call, state)
         state.save()
         mount_flags.keep_to_spec(state.record.pid, spec, state.record.rootfs, annotations)
         if gpu is not None:
@@ -300,97 +296,6 @@ def _usable(address: str, version: int) -> bool:
 
     parsed = ip_address(address)
     return parsed.version == version and not parsed.is_link_local
-
-
-def criu_options(image: Image, annotations: Annotations) -> dict[str, str]:
-    """CRIU's options of this restore: those the dump needed, the mode of TCP, the user's; then what we always set."""
-    foreign = sorted(set(image.config.criu_options) - CRIU_OPTIONS)
-    if foreign:
-        # An image may come from anywhere, and some options run programs.
-        raise SmrError(
-            f"{image.reference} asks for the CRIU option {foreign[0]!r}, which is not allowed",
-            hint="allowed: " + ", ".join(sorted(CRIU_OPTIONS)),
-            code=Code.UNSUPPORTED,
-        )
-    options = dict.fromkeys(image.config.criu_options, "")
-    if annotations.tcp is Tcp.ESTABLISHED:
-        if image.config.tcp != Tcp.ESTABLISHED:
-            raise SmrError(
-                "smr.tcp=established, but the checkpoint was made without established connections",
-                hint="checkpoint with --tcp-established",
-                code=Code.UNSUPPORTED,
-            )
-        options["tcp-established"] = ""
-    else:
-        options.pop("tcp-established", None)
-        options["tcp-close"] = ""
-    options |= annotations.criu
-    options["leave-stopped"] = ""
-    return options
-
-
-def external_options(image: Image, spec: Spec) -> dict[str, str]:
-    """What CRIU takes from this node in place of the driver's files of the other. Raises MOUNT_MISMATCH where there is none."""
-    if image.config.gpu is None:
-        return {}
-    from smr.shim.gpu.device_mounts import restore_externals
-
-    return restore_externals(image.config, spec)
-
-
-def run_restore(
-    call: RuntimeCall, image: Image, annotations: Annotations, more: Mapping[str, str], tool: Criu, state: ContainerState
-) -> None:
-    """Run the real runtime's restore with the caller's stdio, which becomes the container's. `more`: options of CRIU."""
-    options = {**criu_options(image, annotations), **more}
-    state.record.criu_options = tuple(sorted(options))
-    config_file = state.work_dir / "criu.conf"
-    by_flag = criu.RUNTIME_FLAGS | ({"lazy-pages"} if "runc" in Path(state.record.runtime).name else set())
-    flags = [f"--{name}" for name in options if name in by_flag]
-    criu.write_options(config_file, {name: value for name, value in options.items() if name not in by_flag})
-    state.save()
-    argv = _restore_argv(call, state, flags)
-    timeout_s = _BASE_TIMEOUT_S + image.size_bytes / _BYTES_PER_S
-    # stdio is the container's, so it is inherited; everything else of our environment that the engine set is kept for hooks.
-    process = subprocess.Popen(argv, env={**os.environ, **tool.environment(config_file)})
-    try:
-        status = process.wait(timeout=timeout_s)
-    except subprocess.TimeoutExpired as error:
-        process.kill()
-        process.wait()
-        raise SmrError(
-            f"restore of {image.name} did not end within {timeout_s:.0f} s", code=Code.TIMEOUT, log=state.work_dir
-        ) from error
-    if status != 0:
-        log = criu.keep_log(state.work_dir / "restore.log", load().log.parent / f"restore-{state.record.id}.log")
-        raise SmrError(
-            f"{Path(state.record.runtime).name} restore of {image.name} failed with exit status {status}: {criu.quote_log(log)}",
-            hint=f"the whole log is {log}",
-            code=Code.CRIU_FAILED,
-            log=log,
-        )
-
-
-def _restore_argv(call: RuntimeCall, state: ContainerState, flags: list[str]) -> list[str]:
-    carried: list[str] = []
-    for name in _RESTORE_FLAGS:
-        value = call.option(name)
-        if value is not None:
-            carried += [f"--{name}", value] if value else [f"--{name}"]
-    if call.option("pid-file") is None:
-        carried += ["--pid-file", str(state.path / "pid")]
-    paths = ["--bundle", str(call.bundle), "--image-path", str(state.criu_dir), "--work-path", str(state.work_dir)]
-    cgroups_mode = ["--manage-cgroups-mode", "ignore"]
-    return [state.record.runtime, *call.global_args, "restore", "--detach", *paths, *carried, *cgroups_mode, *flags, call.id]
-
-
-def _note_pid(call: RuntimeCall, state: ContainerState) -> None:
-    path = Path(call.option("pid-file") or state.path / "pid")
-    try:
-        state.record.pid = int(path.read_text())
-        state.record.pid_started = procs.started(state.record.pid)
-    except (OSError, ValueError) as error:
-        raise SmrError(f"the runtime left no pid in {path}", code=Code.RUNTIME_FAILED) from error
 
 
 class _SourceLookup(threading.Thread):

@@ -5,6 +5,7 @@
     channel      that program as a process: its pipes, its beginning and its end
     session      the helper's other end: what a checkpoint or a restore asks of it, with timeouts
     ptrace       ptrace(2), and system calls made by a stopped process for us
+    outcome      a request to the helper, and what came of it
     onethread    lets one thread of a stopped process run, which is all that the driver's calls need
     processes    which processes of a container have CUDA, or hold NVIDIA mappings without it
     obstacles    what the driver cannot checkpoint, found before anything is paused

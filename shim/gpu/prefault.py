@@ -24,6 +24,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from smr.images import process_vm
+from smr.images.process_vm import Iovec
+
 # The kernel pins this many bytes of a target at a time (PVM_MAX_KMALLOC_PAGES), and stops at the first that it cannot fill.
 STEP_BYTES = 4 << 20
 _LEAST_BYTES = 64 << 20
@@ -35,10 +38,6 @@ _NOWHERE = 4096
 Area = tuple[int, int]
 
 
-class _Iovec(ctypes.Structure):
-    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
-
-
 class Prefault:
     """A context manager around the driver's checkpoint of process `pid`."""
 
@@ -48,7 +47,6 @@ class Prefault:
         self._over = threading.Event()
         self._todo: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
-        self._libc = ctypes.CDLL(None, use_errno=True)
         self._seen: list[Area] = []
         self.made_bytes = 0
         self._counting = threading.Lock()
@@ -96,9 +94,8 @@ class Prefault:
 
     def _touch(self, address: int, size_bytes: int) -> bool:
         """Have the kernel make these pages. False when the area, or the process, is not there any more."""
-        source, target = _Iovec(_NOWHERE, size_bytes), _Iovec(address, size_bytes)
-        one, none = ctypes.c_ulong(1), ctypes.c_ulong(0)
-        self._libc.process_vm_writev(self._pid, ctypes.byref(source), one, ctypes.byref(target), one, none)
+        source, target = Iovec(_NOWHERE, size_bytes), Iovec(address, size_bytes)
+        process_vm.writev(self._pid, ctypes.byref(source), 1, ctypes.byref(target), 1, 0)
         if ctypes.get_errno() != errno.EFAULT:
             return False
         with self._counting:

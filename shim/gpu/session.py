@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 
 from smr.proto.errors import Code, SmrError
@@ -32,6 +32,7 @@ from smr.shim.config import Config
 from smr.shim.gpu import channel
 from smr.shim.gpu.channel import Channel, HelperGoneError
 from smr.shim.gpu.driver import NOT_READY, CudaState, GpuPair
+from smr.shim.gpu.outcome import Outcome, Pending
 
 READY_S = 60.0
 STATE_S = 10.0
@@ -66,33 +67,6 @@ class CallTime:
     pid: int
     call: str
     seconds: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Outcome:
-    """What came of a call for a process. `error`: why it failed; `lost`: it did not return, and may still be at work.
-
-    `late`: because its time was over, and not because the helper was killed.
-    """
-
-    pid: int
-    value: int = 0
-    seconds: float = 0.0
-    error: str = ""
-    number: int = 0
-    lost: bool = False
-    late: bool = False
-
-
-@dataclass(slots=True, kw_only=True)
-class _Pending:
-    """A request under way: the processes that have not answered, and since when those that ended meanwhile are known to have."""
-
-    request: int
-    call: str
-    waiting: set[int]
-    done: dict[int, _Outcome] = field(default_factory=dict)
-    ended: dict[int, float] = field(default_factory=dict)
 
 
 class Session:
@@ -220,7 +194,7 @@ class Session:
             raise SmrError(message, hint="see 'dmesg', lines with NVRM; end the container", code=Code.GPU_FAILED)
 
     def _all_or_back(
-        self, call: str, pids: Sequence[int], outcomes: Mapping[int, _Outcome], timeout_s: float, *, stopped: bool
+        self, call: str, pids: Sequence[int], outcomes: Mapping[int, Outcome], timeout_s: float, *, stopped: bool
     ) -> dict[int, float]:
         failed = [one for one in outcomes.values() if one.error]
         if not failed:
@@ -228,7 +202,7 @@ class Session:
         left = self._back(pids, timeout_s, stopped)
         raise self._error(call, failed, "; ".join(left) or "nothing is left locked")
 
-    def _all_or_error(self, call: str, pids: Sequence[int], outcomes: Mapping[int, _Outcome]) -> dict[int, float]:
+    def _all_or_error(self, call: str, pids: Sequence[int], outcomes: Mapping[int, Outcome]) -> dict[int, float]:
         failed = [one for one in outcomes.values() if one.error]
         if not failed:
             return {pid: one.seconds for pid, one in outcomes.items()}
@@ -249,11 +223,11 @@ class Session:
                 self._tried("unlock", locked, timeout_s, stopped)
         return self._left(pids, dumb)
 
-    def _tried(self, call: str, pids: Sequence[int], timeout_s: float, stopped: bool) -> Mapping[int, _Outcome]:
+    def _tried(self, call: str, pids: Sequence[int], timeout_s: float, stopped: bool) -> Mapping[int, Outcome]:
         try:
             return self._call(call, pids, timeout_s, stopped=stopped)
         except SmrError as error:
-            return {pid: _Outcome(pid=pid, error=error.message, lost=True) for pid in pids}
+            return {pid: Outcome(pid=pid, error=error.message, lost=True) for pid in pids}
 
     def _states(self, pids: Sequence[int], dumb: set[int]) -> dict[int, CudaState]:
         """The states of those that have one; `dumb` takes up those about which the driver does not answer."""
@@ -281,7 +255,7 @@ class Session:
         stopped: bool = False,
         pairs: Sequence[GpuPair] = (),
         more: Mapping[str, object] | None = None,
-    ) -> dict[int, _Outcome]:
+    ) -> dict[int, Outcome]:
         """One call for all processes at once. Every process has an outcome; raises only when there is no helper to be had."""
         if not pids:
             return {}
@@ -301,10 +275,10 @@ class Session:
         self._ask("mend", sorted({pid for pid, _ in self._masks}), _MEND_S, {"threads": threads})
         self.ready()
 
-    def _ask(self, call: str, pids: Sequence[int], timeout_s: float, members: Mapping[str, object]) -> dict[int, _Outcome]:
+    def _ask(self, call: str, pids: Sequence[int], timeout_s: float, members: Mapping[str, object]) -> dict[int, Outcome]:
         assert self._channel is not None
         self._requests += 1
-        pending = _Pending(request=self._requests, call=call, waiting=set(pids))
+        pending = Pending(request=self._requests, call=call, waiting=set(pids))
         deadline = time.monotonic() + timeout_s
         try:
             self._channel.send({"id": pending.request, "call": call, **members})
@@ -318,12 +292,12 @@ class Session:
         except HelperGoneError as error:
             reason, late = error.message, False
         for pid in tuple(pending.waiting):
-            self._settle(pending, _Outcome(pid=pid, seconds=timeout_s, error=reason, lost=True, late=late))
+            self._settle(pending, Outcome(pid=pid, seconds=timeout_s, error=reason, lost=True, late=late))
         if any(one.lost for one in pending.done.values()):
             self._retire()
         return {pid: pending.done[pid] for pid in pids}
 
-    def _take(self, pending: _Pending, reply: Mapping[str, object]) -> None:
+    def _take(self, pending: Pending, reply: Mapping[str, object]) -> None:
         pid = int(str(reply["pid"]))
         if "mask" in reply:
             self._masks[pid, int(str(reply["tid"]))] = int(str(reply["mask"]))
@@ -335,7 +309,7 @@ class Session:
             self._masks = {key: mask for key, mask in self._masks.items() if key[0] != pid}
         self._settle(
             pending,
-            _Outcome(
+            Outcome(
                 pid=pid,
                 value=int(str(reply.get("value", 0))),
                 seconds=seconds,
@@ -344,14 +318,14 @@ class Session:
             ),
         )
 
-    def _bury(self, pending: _Pending) -> None:
+    def _bury(self, pending: Pending) -> None:
         """A call about a process that has ended may never return: give it a moment, not its whole time."""
         now = time.monotonic()
         for pid in tuple(pending.waiting):
             if not self._same(pid) and now - pending.ended.setdefault(pid, now) > _ENDED_S:
-                self._settle(pending, _Outcome(pid=pid, error="it did not return", lost=True))
+                self._settle(pending, Outcome(pid=pid, error="it did not return", lost=True))
 
-    def _settle(self, pending: _Pending, outcome: _Outcome) -> None:
+    def _settle(self, pending: Pending, outcome: Outcome) -> None:
         pending.waiting.discard(outcome.pid)
         pending.done[outcome.pid] = outcome
         self.times.append(CallTime(pid=outcome.pid, call=pending.call, seconds=outcome.seconds))
@@ -374,7 +348,7 @@ class Session:
     def _name(self, pid: int) -> str:
         return self._seen.get(pid, (0, str(pid)))[1]
 
-    def _error(self, call: str, failed: Sequence[_Outcome], left: str) -> SmrError:
+    def _error(self, call: str, failed: Sequence[Outcome], left: str) -> SmrError:
         """One error of all failed outcomes; the first decides the code."""
         words = [f"process {self._name(one.pid)}: {self._why(one)}" for one in failed]
         first = failed[0]
@@ -390,15 +364,15 @@ class Session:
         message = f"cannot {call} {'; '.join(words)}" + (f". {left}" if left else "")
         return SmrError(message, hint=hint, code=code, pid=first.pid, call=call, left=left)
 
-    def _why(self, one: _Outcome) -> str:
+    def _why(self, one: Outcome) -> str:
         if not self._same(one.pid):
             return f"the process ended meanwhile ({one.error})"
         return one.error
 
 
-def _not_locked(one: _Outcome) -> _Outcome:
+def _not_locked(one: Outcome) -> Outcome:
     found = one.error or f"it is {CudaState(one.value).name}, not LOCKED"
-    return _Outcome(pid=one.pid, error="" if not one.error and one.value == CudaState.LOCKED else found, number=one.number)
+    return Outcome(pid=one.pid, error="" if not one.error and one.value == CudaState.LOCKED else found, number=one.number)
 
 
 def open_session(config: Config) -> Session:

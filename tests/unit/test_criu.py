@@ -13,7 +13,7 @@ from smr.proto.annotations import CRIU_OPTIONS, Annotations, Tcp
 from smr.proto.errors import Code, SmrError
 from smr.shim import criu, dump
 from smr.shim.config import Config
-from smr.shim.restore import criu_options
+from smr.shim.runtime_restore import criu_options
 from tests.unit.test_preflight import CONFIG
 
 Versions = Callable[[str], Config]
