@@ -74,6 +74,8 @@ CRIU_OPTIONS: frozenset[str] = frozenset(
 _REFERENCE = re.compile(r"[a-z0-9]+(?:[._/-]+[a-z0-9]+)*(?::[A-Za-z0-9_][A-Za-z0-9._-]{0,127})?")
 # A value becomes part of a line of CRIU's configuration file, where a newline would begin another option.
 _CRIU_VALUE = re.compile(r"[A-Za-z0-9._-]{0,64}")
+_GPU = "[A-Za-z0-9-]+"
+_GPU_MAP = re.compile(rf"auto|identity|order|\s*{_GPU}\s*=\s*{_GPU}\s*(,\s*{_GPU}\s*=\s*{_GPU}\s*)*")
 _DIGEST = re.compile(r"(?:[a-z0-9]+(?:[._/-]+[a-z0-9]+)*@)?sha256:[0-9a-f]{6,64}")
 
 
@@ -161,6 +163,7 @@ def parse(annotations: Mapping[str, str]) -> Annotations | None:
     ours = {key: value for key, value in annotations.items() if key.startswith(PREFIX) and key not in OWN_STATUS}
     for key in ours:
         _check_key(key)
+    timeout_s = _seconds(ours, HOOK_TIMEOUT)
     if RESTORE not in ours and set(ours) <= CHECKPOINT_KEYS:
         return None
     if RESTORE not in ours:
@@ -177,10 +180,10 @@ def parse(annotations: Mapping[str, str]) -> Annotations | None:
         pages=_enum(Pages, ours, PAGES, Pages.AUTO),
         rootfs=_enum(Check, ours, ROOTFS, Check.CHECK),
         command=_enum(Check, ours, COMMAND, Check.CHECK),
-        gpu_map=ours.get(GPU_MAP, "auto"),
+        gpu_map=_gpu_map(ours.get(GPU_MAP, "auto")),
         quiesce=ours.get(QUIESCE, ""),
         resume=ours.get(RESUME, ""),
-        hook_timeout_s=_seconds(ours, HOOK_TIMEOUT),
+        hook_timeout_s=timeout_s,
         mounts={_destination(key): _source(key, value) for key, value in ours.items() if key.startswith(MOUNT_PREFIX)},
         criu={key.removeprefix(CRIU_PREFIX): _criu(key, value) for key, value in ours.items() if key.startswith(CRIU_PREFIX)},
     )
@@ -227,6 +230,18 @@ def _enum(kind: type[_E], ours: Mapping[str, str], key: str, default: _E) -> _E:
             code=Code.ANNOTATION_INVALID,
             annotation=key,
         ) from None
+
+
+def _gpu_map(value: str) -> str:
+    """As written: which GPUs there are is the restore's to find out."""
+    if _GPU_MAP.fullmatch(value):
+        return value
+    raise SmrError(
+        f"annotation {GPU_MAP}={value!r}: not a map of GPUs",
+        hint=f"use {GPU_MAP}=auto|identity|order, or OLD=NEW[,OLD=NEW...] by UUID or index",
+        code=Code.ANNOTATION_INVALID,
+        annotation=GPU_MAP,
+    )
 
 
 def _seconds(ours: Mapping[str, str], key: str) -> float:

@@ -17,11 +17,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from smr.proto.annotations import STATUS, STATUS_CODE, STATUS_REASON, Annotations, Fallback, parse, wanted
+from smr.proto.annotations import STATUS, STATUS_CODE, STATUS_REASON, Annotations, Fallback, wanted
 from smr.proto.errors import Code, SmrError
 from smr.proto.oci import Spec, as_object, load_spec
 from smr.shim import config as settings
 from smr.shim import log
+from smr.shim.asked import asked
 from smr.shim.config import Config
 from smr.shim.files import write_atomic
 from smr.shim.oci_args import RuntimeCall, parse_call
@@ -82,7 +83,7 @@ def create(call: RuntimeCall, config: Config) -> int:
     spec = load_spec(call.bundle)
     if not wanted(spec.annotations):
         exec_real(call, config)
-    annotations = parse(spec.annotations)
+    annotations = asked(spec)
     if annotations is None:
         exec_real(call, config)
     error = try_restore(call, spec, annotations, config, then_exit=True)
@@ -308,7 +309,7 @@ def run_container(call: RuntimeCall, config: Config) -> int:
         exec_real(call, config)
     if not detached:
         _become_subreaper()
-    annotations = parse(spec.annotations)
+    annotations = asked(spec)
     error = try_restore(call, spec, annotations, config) if annotations else None
     if annotations and error is not None:
         if annotations.fallback is Fallback.FAIL:

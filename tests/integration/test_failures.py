@@ -66,6 +66,10 @@ def test_a_mistyped_annotation(engine: Engine) -> None:
         {"smr.restore": "warm:1", "smr.criu.exec-cmd": "id"},
         {"smr.restore": "warm:1", "smr.mount.data": "/srv"},
         {"smr.fallback": "cold"},
+        {"smr.restore": "warm:1", "smr.gpu.map": "0>1"},
+        {"smr.restore": "warm:1", "smr.resume": "vlm"},
+        {"smr.quiesce": "ftp://a/b"},
+        {"smr.quiesce": "vllm", "smr.hook.timeout": "soon"},
     ],
     ids=lambda value: ",".join(f"{k}={v}" for k, v in value.items()),
 )
