@@ -101,10 +101,10 @@ class Revival:
             with _Call(lambda: self._restore({self._pids[pid]: areas for pid, areas in self._kept.items()})) as call:
                 try:
                     rest(gates)
+                    stack.close()  # the last of it is in place only now
                 except BaseException:
-                    self._session.abort()
+                    self._session.abort()  # what it waits for does not come any more
                     raise
-                stack.close()  # the last of it is in place only now
                 error = call.wait()
             if error is not None:
                 self._once_more(error)
