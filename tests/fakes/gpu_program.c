@@ -1,5 +1,5 @@
 // What a container with a GPU runs in the tests: a process that has CUDA of the fake libcuda.c, and takes part in its calls as
-// the real driver makes a process do. Usage: gpu_program [second] [forked] [socket] [io_uring]
+// the real driver makes a process do. Usage: gpu_program [large] [second] [forked] [socket] [io_uring]
 //
 // While it runs it has NVIDIA's device files open, and contents in "GPU memory". At a checkpoint it brings the contents into
 // memory of its own, frees the other, and closes the files; at a restore it opens the files that /dev has then and brings the
@@ -7,6 +7,7 @@
 //
 //   /fake-cuda          a folder of the container's own (tmpfs)
 //   PID.counts          64 slots of 8 bytes, see below; PID.state, PID.thread, PID.asks, PID.ask, PID.answer: see libcuda.c
+//   large               96 MiB of "GPU memory" in place of 24
 //   second              another process, with CUDA of its own, begun before the first one's
 //   forked              a child of the first process, which has its open files and no CUDA
 //   socket, io_uring    open files that CRIU cannot dump
@@ -26,10 +27,11 @@
 #include <unistd.h>
 
 enum { READY, TICKS, USES, BAD, MINORS, OPEN, CHECKPOINTS, RESTORES, UNLOCKS, TICKS_AT_RESTORE, BOOT };
-enum { WORDS = 3 << 20, BYTES = WORDS * 8, MOST_FILES = 64 };
+enum { MOST_FILES = 64 };
 
 static volatile uint64_t *slots;
 static uint64_t *memory, *saved, seed, sum;
+static size_t words = 3 << 20;
 static volatile int held, away;
 static int files[MOST_FILES], opened;
 static pthread_mutex_t using = PTHREAD_MUTEX_INITIALIZER;
@@ -65,14 +67,14 @@ static uint64_t next(uint64_t *state)
 static uint64_t total(void)
 {
 	uint64_t found = 0;
-	for (int index = 1; index < WORDS; index++)
+	for (size_t index = 1; index < words; index++)
 		found = found * 31 + memory[index];
 	return found;
 }
 
 static uint64_t *map(void)
 {
-	void *found = mmap(NULL, BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	void *found = mmap(NULL, words * 8, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (found == MAP_FAILED)
 		abort();
 	return found;
@@ -105,8 +107,8 @@ static void take_part(const char *call)
 		pthread_mutex_lock(&using);
 		held = 1;
 		saved = map();
-		memcpy(saved, memory, BYTES);
-		munmap(memory, BYTES);
+		memcpy(saved, memory, words * 8);
+		munmap(memory, words * 8);
 		while (opened)
 			close(files[--opened]);
 		slots[OPEN] = 0;
@@ -117,8 +119,8 @@ static void take_part(const char *call)
 		slots[TICKS_AT_RESTORE] = slots[TICKS];
 		open_devices();
 		memory = map();
-		memcpy(memory, saved, BYTES);
-		munmap(saved, BYTES);
+		memcpy(memory, saved, words * 8);
+		munmap(saved, words * 8);
 		slots[BAD] += total() != sum || memory[0] != slots[USES];
 		slots[RESTORES]++;
 		away = 0;
@@ -173,7 +175,7 @@ static void begin(void)
 	count();
 	open_devices();
 	memory = map();
-	for (int index = 1; index < WORDS; index++)
+	for (size_t index = 1; index < words; index++)
 		memory[index] = next(&seed);
 	sum = total();
 	if (pthread_create(&thread, NULL, restore, NULL))
@@ -199,6 +201,8 @@ int main(int argc, char **argv)
 	int second = 0, forked = 0;
 	signal(SIGCHLD, SIG_IGN);
 	for (int index = 1; index < argc; index++) {
+		if (!strcmp(argv[index], "large"))
+			words = 12 << 20;
 		second |= !strcmp(argv[index], "second");
 		forked |= !strcmp(argv[index], "forked");
 		if (!strcmp(argv[index], "socket") && socket(AF_VSOCK, SOCK_STREAM, 0) < 0)

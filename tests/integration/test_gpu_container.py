@@ -143,6 +143,43 @@ def test_ten_restores_of_one_image(node: GpuNode, image: str) -> None:
     assert len(found) == 1
 
 
+def stages(node: GpuNode) -> dict[str, tuple[float, float]]:
+    """When each stage of the restore of "again" began and ended."""
+    record = json.loads(node.node.smr("inspect", "again", "--json").stdout)
+    return {stage["name"]: (stage["start_s"], stage["end_s"]) for stage in record["stages"]}
+
+
+def test_the_driver_begins_while_pages_are_on_their_way(node: GpuNode) -> None:
+    """Much GPU memory: the driver's restore begins before the fill has ended, and finds every byte all the same."""
+    node.start("source", "large", "second")
+    node.checkpoint("large:1")
+    pids = node.tree(node.runc.pid("source"))
+    for pid in pids:
+        node.serves(pid)
+    tasks = json.loads(node.node.smr("images", "inspect", "large:1", "--json").stdout)["config"]["gpu"]["tasks"]
+    assert [[end - start for start, end in task["areas"]] for task in tasks] == [[96 << 20], [96 << 20]]
+    node.runc.remove("source")
+    pid = node.restore("large:1", "large", "second")
+    for one in node.tree(pid):
+        node.serves(one)
+        assert node.counts(one).bad == 0
+    at = stages(node)
+    assert at["fill"][0] < at["gpu"][0] < at["fill"][1]
+
+
+def test_a_driver_that_does_not_begin_early_begins_again(node: GpuNode) -> None:
+    """A restore that fails while pages are on their way, and changes nothing, is made once more when all are there."""
+    node.start("source", "large")
+    node.checkpoint("large:2")
+    node.runc.remove("source")
+    node.fault("restore", "once fail 1")
+    pid = node.restore("large:2", "large")
+    node.serves(pid)
+    assert node.counts(pid).bad == 0
+    (warning,) = json.loads(node.node.smr("inspect", "again", "--json").stdout)["warnings"]
+    assert "did not begin while pages were on their way" in warning
+
+
 def test_two_processes_and_a_forked_one(node: GpuNode) -> None:
     """All are locked before the first is checkpointed; a child with open devices and no CUDA is freed of them; all come back."""
     pid = node.start("source", "second", "forked", gpus=(FIRST, SECOND))
