@@ -293,9 +293,13 @@ class GpuNode:
         process.wait(20)
 
     def spawn(self, argv: Sequence[str]) -> subprocess.Popen[bytes]:
-        """A command that a test kills in the middle."""
+        """A command that a test kills in the middle. It heeds all signals, also where a shell has the tests ignore some."""
         return subprocess.Popen(
-            argv, env=self.runc.env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            ["env", "--default-signal", *argv],
+            env=self.runc.env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
 
 
