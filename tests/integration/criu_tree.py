@@ -21,7 +21,7 @@ from smr.proto.criu import images_pb2
 from smr.shim.criu import quote_log
 from smr.shim.dump import lazy_options
 from smr.shim.lazydump import server_socket
-from smr.shim.procs import describe, tree
+from smr.shim.procs import describe, thread_at_page_start, tree
 from tests.integration.command import eventually
 from tests.integration.memory_image import TreeMemory, read_tree
 
@@ -181,9 +181,16 @@ class Frozen:
 
 @contextlib.contextmanager
 def frozen(criu: Path, argv: Sequence[object], env: Mapping[str, str], folder: Path) -> Iterator[Frozen]:
-    """Start a program in `folder` and freeze it when it is ready; it is gone in the end."""
-    with _program(argv, env, folder) as pid, _freezer(pid) as cgroup:
-        yield Frozen(criu, folder, pid, cgroup)
+    """Start a program in `folder` and freeze it when it is ready; it is gone in the end.
+
+    One that CRIU would not dump lazily, because of where a stack happens to be, is started again: see smr.shim.lazydump.
+    """
+    while True:
+        with _program(argv, env, folder) as pid, _freezer(pid) as cgroup:
+            if not any(thread_at_page_start(process.pid) for process in tree(pid)):
+                yield Frozen(criu, folder, pid, cgroup)
+                return
+        (folder / "ready").unlink()
 
 
 @contextlib.contextmanager

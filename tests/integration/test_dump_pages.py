@@ -26,6 +26,7 @@ from smr.images.pagetable import PAGE_BYTES
 from smr.images.spans import Span
 from smr.proto.errors import Code, SmrError
 from smr.shim.lazydump import is_frozen
+from smr.shim.procs import thread_at_page_start
 from tests.integration.command import eventually, run
 from tests.integration.criu_tree import Dump, Frozen, frozen
 from tests.integration.page_cases import program
@@ -47,8 +48,11 @@ def test_a_container_goes_on(runc: Runc) -> None:
     runc.start("source", *FEATURES)
     boot = runc.ready("source")["boot"]
     said = checkpoint(runc, "on:1")
-    assert said["warnings"] == []
-    assert {"dump", "pages", "thaw"} <= set(said["stages_s"])
+    if thread_at_page_start(runc.pid("source")):  # where the stack begins is chance, and CRIU takes that badly
+        assert [warning for warning in said["warnings"] if "is at the start of a page" in warning] == said["warnings"]
+    else:
+        assert said["warnings"] == []
+        assert {"dump", "pages", "thaw"} <= set(said["stages_s"])
     assert not is_frozen(runc.pid("source"))
     assert runc.ask("source", "memory") == CRC
     assert runc.ask("source", "count") == {"count": 1, "boot": boot}
@@ -61,7 +65,8 @@ def test_an_image_has_the_memory_of_its_container(restoring_runc: Runc, words: S
     runc = restoring_runc
     runc.start("source", *FEATURES)
     boot = runc.ready("source")["boot"]
-    assert "pages" in checkpoint(runc, "taken:1", *words)["stages_s"]
+    aligned = thread_at_page_start(runc.pid("source"))
+    assert ("pages" in checkpoint(runc, "taken:1", *words)["stages_s"]) is not bool(aligned)
     runc.remove("source")
     inspected = json.loads(runc.node.smr("images", "inspect", "taken:1", "--json").stdout)
     assert inspected["config"]["memory_bytes"] > 64 << 20
@@ -101,6 +106,23 @@ def test_a_lazy_dump_that_fails_is_made_again_by_criu_alone(restoring_runc: Runc
     runc.remove("source")
     runc.start("again", *FEATURES, annotations={"smr.restore": "alone:1", **FAIL})
     assert runc.ask("again", "memory") == CRC
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the workload's thread is machine code for x86_64")
+def test_a_stack_pointer_at_the_start_of_a_page(restoring_runc: Runc) -> None:
+    """CRIU would leave out no page of such a process: it is not asked to, a warning says so, and the image is as good."""
+    runc = restoring_runc
+    runc.start("source", "memory", "aligned")
+    runc.ready("source")
+    said = checkpoint(runc, "aligned:1")
+    (warning,) = said["warnings"]
+    assert "CRIU dumped the pages itself" in warning and "is at the start of a page" in warning
+    assert "pages" not in said["stages_s"]
+    assert runc.ask("source", "memory") == CRC
+    runc.remove("source")
+    runc.start("again", "memory", "aligned", annotations={"smr.restore": "aligned:1", **FAIL})
+    assert runc.ask("again", "memory") == CRC
+    assert runc.ask("again", "aligned") == {"alive": True}
 
 
 def test_a_checkpoint_is_killed(restoring_runc: Runc) -> None:

@@ -16,9 +16,11 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+import time
 from pathlib import Path
 
 NAME = "localhost/smr-test:1"
+_KEPT_S = 24 * 3600
 _APPLETS = (
     *("sh", "cat", "ls", "ps", "id", "kill", "sleep", "wget", "stat", "mkdir", "touch", "rm", "echo", "head", "tail", "env"),
     *("true", "false", "hostname", "ip", "mount", "test", "dd", "sync", "nc", "grep"),
@@ -43,7 +45,8 @@ def archive(engines: Path) -> Path:
     target = engines / f"image-{key.hexdigest()[:16]}.tar"
     if not target.exists():
         for old in engines.glob("image-*"):
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
+            if time.time() - old.stat().st_mtime > _KEPT_S:  # another version of the tests may run beside this one
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
         _build(debs, workload, target)
     return target
 

@@ -13,6 +13,7 @@ Each FEATURE holds a kernel object across a checkpoint and has a path of its own
     zombie    a child that has ended and is not reaped
     stopped   a child that has stopped itself; /resume lets it go on
     memory    64 MiB of patterned anonymous memory, checked by its digest
+    aligned   a thread that waits with its stack pointer at the start of a page
     file      an open file with an offset, and a file that was deleted while open
 
 SIGTERM ends with --exit (default 7). --log prints "line N" five times a second; --stdin echoes lines. Few imports:
@@ -193,6 +194,25 @@ class SharedMemory:
         }
 
 
+class Aligned:
+    # push rbp; mov rbp, rsp; and rsp, -4096; mov eax, 34 (pause); syscall; leave; ret
+    CODE = bytes.fromhex("55 4889e5 4881e400f0ffff b822000000 0f05 c9 c3")
+
+    def __init__(self):
+        import ctypes
+
+        if os.uname().machine != "x86_64":
+            raise OSError("machine code for x86_64 only")
+        self.code = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+        self.code.write(self.CODE)
+        wait = ctypes.CFUNCTYPE(ctypes.c_long)(ctypes.addressof(ctypes.c_char.from_buffer(self.code)))
+        self.thread = threading.Thread(target=wait, daemon=True)
+        self.thread.start()
+
+    def use(self):
+        return {"alive": self.thread.is_alive()}
+
+
 class Threads:
     def __init__(self):
         self.values = [0, 0, 0, 0]
@@ -293,6 +313,7 @@ FEATURES = {
     "memory": Memory,
     "file": File,
     "threads": Threads,
+    "aligned": Aligned,
 }
 
 

@@ -103,6 +103,31 @@ def test_a_container_that_is_not_seen_to_be_frozen_is_left_to_criu(machine: Mach
     assert "frozen" in obstacle(GIB)
 
 
+@pytest.mark.parametrize(
+    ("text", "memory_kib", "expected"),
+    [
+        ("202 0x1 0x2 0x3 0x4 0x5 0x6 0x7ffe12568000 0x7fcef5b26cae\n", 1 << 20, "stack pointer of thread 107 "),
+        ("-1 0x7ffe12568000 0x7fcef5b26cae\n", 1 << 20, "stack pointer of thread 107 "),
+        ("202 0x1 0x2 0x3 0x4 0x5 0x6 0x7ffe12568010 0x7fcef5b26000\n", 1 << 20, ""),
+        ("running\n", 1 << 20, ""),
+        ("-1 0x7ffe12568000 0x7fcef5b26cae\n", 1 << 10, ""),
+    ],
+)
+def test_a_stack_pointer_at_the_start_of_a_page_is_left_to_criu(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, text: str, memory_kib: int, expected: str
+) -> None:
+    """In a call or not; of a process with so much memory that it matters."""
+    monkeypatch.setattr(procs, "PROC", machine.proc)
+    monkeypatch.setattr(procs, "has_capability", lambda _: True)
+    machine.file("proc/100/cgroup", "0::/a\n")
+    machine.file("cgroup/a/cgroup.events", "frozen 1\n")
+    machine.file("proc/100/status", f"RssAnon:\t {memory_kib} kB\n")
+    machine.file("proc/100/task/100/syscall", "7 0x1 0x1 0x1 0x0 0x0 0x0 0x7ffe12561230 0x7fcef5b26cae\n")
+    machine.file("proc/100/task/107/syscall", text)
+    found = obstacle(GIB)
+    assert (expected in found) if expected else found == ""
+
+
 def test_pids_that_are_not_one_process_each_are_left_to_criu(machine: Machine) -> None:
     """A pid namespace within the container's."""
     assert "namespaces" in obstacle(GIB, [*TREE, Process(pid=102, ns_pid=1, state="S")])
