@@ -11,10 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from smr.proto.checkpoint import CheckpointConfig, Host, Source, Task
 from smr.proto.errors import Code, SmrError
 from smr.proto.oci import Spec, as_list, as_object, parse_spec
+
+if TYPE_CHECKING:
+    from smr.images.criu_needs import Needs
 
 _CRIU_HEADER_BYTES = 8
 _ESTABLISHED = 1
@@ -53,7 +57,7 @@ def make_config(facts: Facts, checkpoint: Path) -> CheckpointConfig:
             "the archive holds no complete CRIU checkpoint: inventory.img or pstree.img is missing",
             code=Code.ARCHIVE_INVALID,
         )
-    tasks = _tasks(checkpoint)
+    tasks, needed = _tasks(checkpoint), _needs(checkpoint)
     connected = any(checkpoint.glob("tcp-stream-*.img"))
     bound = _bound_addresses(checkpoint)
     return CheckpointConfig(
@@ -66,7 +70,8 @@ def make_config(facts: Facts, checkpoint: Path) -> CheckpointConfig:
         addresses=facts.addresses or bound,
         bound_addresses=bound,
         tcp="established" if connected else "close",
-        criu_options=_criu_options(checkpoint, connected=connected),
+        criu_options=(*needed.restore, *(("tcp-established",) if connected else ())),
+        criu_why={**needed.dump, **needed.restore},
         memory_bytes=sum(path.stat().st_size for path in checkpoint.glob("pages-*.img")),
         pause_s=pause_s(checkpoint.parent / "stats-dump"),
     )
@@ -213,10 +218,13 @@ def _architecture(checkpoint: Path, tasks: Sequence[Task]) -> str:
     raise SmrError("the archive's CRIU images do not say their architecture", code=Code.ARCHIVE_INVALID)
 
 
-def _criu_options(checkpoint: Path, *, connected: bool) -> tuple[str, ...]:
-    locks = checkpoint / "filelocks.img"
-    has_locks = locks.is_file() and locks.stat().st_size > _CRIU_HEADER_BYTES
-    return tuple(name for name, wanted in (("file-locks", has_locks), ("tcp-established", connected)) if wanted)
+def _needs(checkpoint: Path) -> Needs:
+    from smr.images.criu_needs import needs
+
+    try:
+        return needs(checkpoint)
+    except SmrError as error:
+        raise _unreadable(error) from error
 
 
 def _rfc3339(seconds: float) -> str:

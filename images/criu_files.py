@@ -27,13 +27,17 @@ _UNCONNECTED = {7, 10}  # TCP_CLOSE, TCP_LISTEN
 _M = TypeVar("_M", bound=Message)
 
 
-def read_messages(path: Path, kind: Callable[[], _M]) -> Iterator[_M]:
-    """The messages of one image file. Raises IMAGE_CORRUPT naming the file when it does not parse."""
+def read_image_file(path: Path) -> bytes:
+    """The whole file. Raises IMAGE_CORRUPT when it is not there or cannot be read."""
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise _corrupt(path.name, error.strerror or "cannot be read") from error
-    return parse_messages(data, path.name, kind)
+
+
+def read_messages(path: Path, kind: Callable[[], _M]) -> Iterator[_M]:
+    """The messages of one image file. Raises IMAGE_CORRUPT naming the file when it does not parse."""
+    return parse_messages(read_image_file(path), path.name, kind)
 
 
 def parse_messages(data: bytes, name: str, kind: Callable[[], _M]) -> Iterator[_M]:
@@ -45,6 +49,19 @@ def parse_messages(data: bytes, name: str, kind: Callable[[], _M]) -> Iterator[_
         except DecodeError as error:
             raise _corrupt(name, str(error)) from error
         yield message
+
+
+def read_message(path: Path, kind: Callable[[], _M]) -> _M:
+    """The message of an image file that has one. Raises IMAGE_CORRUPT, also when it has none or several."""
+    return parse_message(read_image_file(path), path.name, kind)
+
+
+def parse_message(data: bytes, name: str, kind: Callable[[], _M]) -> _M:
+    """The same for the contents of a file called `name`."""
+    found = list(parse_messages(data, name, kind))
+    if len(found) != 1:
+        raise _corrupt(name, f"holds {len(found)} entries, needed one")
+    return found[0]
 
 
 def write_messages(path: Path, magic: bytes, messages: list[_M]) -> None:
@@ -60,7 +77,8 @@ def tasks(folder: Path) -> tuple[Task, ...]:
     """The process tree of a dump, parents first as CRIU writes it; zombies have no core image worth a state."""
     found = []
     for entry in read_messages(folder / "pstree.img", images_pb2.PstreeEntry):
-        core = next(iter(read_messages(folder / f"core-{entry.pid}.img", images_pb2.CoreEntry)), None)
+        cores = list(read_messages(folder / f"core-{entry.pid}.img", images_pb2.CoreEntry))
+        core = cores[0] if cores else None
         found.append(
             Task(
                 pid=entry.pid,
@@ -86,7 +104,7 @@ def replace_addresses(folder: Path, mapping: dict[str, str]) -> int:
             before, after = (ipaddress.ip_address(f"::ffff:{address}") for address in pair)
             table[_words(before)] = _words(after)
     path = folder / "files.img"
-    magic = path.read_bytes()[:8]
+    magic = read_image_file(path)[:8]
     entries = list(read_messages(path, images_pb2.FileEntry))
     changed = 0
     for entry in entries:
@@ -112,7 +130,7 @@ def has_connections(files: bytes) -> bool:
 
 def without_tcp_close(inventory: bytes) -> bytes:
     """The inventory of a dump that can be restored without --tcp-close; right only where `has_connections` is false."""
-    (entry,) = parse_messages(inventory, "inventory.img", images_pb2.InventoryEntry)
+    entry = parse_message(inventory, "inventory.img", images_pb2.InventoryEntry)
     entry.ClearField("tcp_close")
     payload = entry.SerializeToString()
     return inventory[:4] + struct.pack("<I", len(payload)) + payload

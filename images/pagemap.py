@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from smr.images.criu_files import parse_messages, read_messages, write_messages
+from smr.images.criu_files import parse_message, parse_messages, read_image_file, read_message, write_messages
 from smr.images.pagetable import PAGE_BYTES
 from smr.proto.criu import images_pb2
 from smr.proto.errors import Code, SmrError
@@ -58,9 +58,9 @@ class Pagemap:
 
 def read_pagemap(path: Path) -> Pagemap:
     """Read one; its pages file is as long as it says. Raises IMAGE_CORRUPT."""
-    data = path.read_bytes()
+    data = read_image_file(path)
     split = 12 + int.from_bytes(data[8:12], "little")
-    (head,) = parse_messages(data[:split], path.name, images_pb2.PagemapHead)
+    head = parse_message(data[:split], path.name, images_pb2.PagemapHead)
     entries, first, wide = [], 0, False
     for message in parse_messages(data[:8] + data[split:], path.name, images_pb2.PagemapEntry):
         wide = message.HasField("nr_pages")
@@ -91,7 +91,7 @@ def write_pagemap(pagemap: Pagemap, entries: Sequence[Entry]) -> None:
 def read_vmas(folder: Path, pid: int) -> tuple[bytes, images_pb2.MmEntry]:
     """mm-PID.img: its first eight bytes, for `write_messages`, and its one message. Raises IMAGE_CORRUPT."""
     path = folder / f"mm-{pid}.img"
-    (message,) = read_messages(path, images_pb2.MmEntry)
+    message = read_message(path, images_pb2.MmEntry)
     return path.read_bytes()[:8], message
 
 

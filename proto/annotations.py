@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from enum import StrEnum
 from typing import TypeVar
 
+from smr.proto.criu_options import OPTIONS, check_option
 from smr.proto.errors import Code, SmrError
 
 _E = TypeVar("_E", bound=StrEnum)
@@ -54,26 +55,9 @@ KEYS: Mapping[str, str] = {
 CHECKPOINT_KEYS = frozenset({QUIESCE, RESUME, HOOK_TIMEOUT})
 
 # Options of CRIU that cannot hand the host to a container: no paths, no scripts, no plugins.
-CRIU_OPTIONS: frozenset[str] = frozenset(
-    {
-        "ext-unix-sk",
-        "file-locks",
-        "force-irmap",
-        "ghost-limit",
-        "link-remap",
-        "manage-cgroups",
-        "shell-job",
-        "skip-file-rwx-check",
-        "skip-in-flight",
-        "tcp-close",
-        "tcp-established",
-        "timeout",
-    }
-)
+CRIU_OPTIONS: frozenset[str] = frozenset(OPTIONS)
 
 _REFERENCE = re.compile(r"[a-z0-9]+(?:[._/-]+[a-z0-9]+)*(?::[A-Za-z0-9_][A-Za-z0-9._-]{0,127})?")
-# A value becomes part of a line of CRIU's configuration file, where a newline would begin another option.
-_CRIU_VALUE = re.compile(r"[A-Za-z0-9._-]{0,64}")
 _GPU = "[A-Za-z0-9-]+"
 _GPU_MAP = re.compile(rf"auto|identity|order|\s*{_GPU}\s*=\s*{_GPU}\s*(,\s*{_GPU}\s*=\s*{_GPU}\s*)*")
 _DIGEST = re.compile(r"(?:[a-z0-9]+(?:[._/-]+[a-z0-9]+)*@)?sha256:[0-9a-f]{6,64}")
@@ -193,29 +177,15 @@ def _check_key(key: str) -> None:
     if key in KEYS or key.startswith(MOUNT_PREFIX):
         return
     if key.startswith(CRIU_PREFIX):
-        option = key.removeprefix(CRIU_PREFIX)
-        if option in CRIU_OPTIONS:
-            return
-        raise SmrError(
-            f"annotation {key}: CRIU option '{option}' is not allowed",
-            hint="allowed: " + ", ".join(sorted(CRIU_OPTIONS)),
-            code=Code.ANNOTATION_INVALID,
-            annotation=key,
-        )
+        return
     close = get_close_matches(key, KEYS, n=1)
     hint = f"did you mean {close[0]}?" if close else "known: " + ", ".join(KEYS)
     raise SmrError(f"unknown annotation {key}", hint=hint, code=Code.ANNOTATION_UNKNOWN, annotation=key)
 
 
 def _criu(key: str, value: str) -> str:
-    if _CRIU_VALUE.fullmatch(value):
-        return value
-    raise SmrError(
-        f"annotation {key}={value!r}: not a value of a CRIU option",
-        hint="needed letters, digits, '.', '_' and '-', or nothing for a flag",
-        code=Code.ANNOTATION_INVALID,
-        annotation=key,
-    )
+    check_option(key.removeprefix(CRIU_PREFIX), value, key)
+    return value
 
 
 def _enum(kind: type[_E], ours: Mapping[str, str], key: str, default: _E) -> _E:

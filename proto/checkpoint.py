@@ -133,7 +133,8 @@ class CheckpointConfig:
 
     `spec` is the OCI spec the container ran with. `external_mounts` are destinations that CRIU expects from outside.
     `bound_addresses` are addresses other than wildcard and loopback that sockets of the tree were bound to.
-    `criu_options` are the options the dump needed and the restore needs too. Times are RFC 3339 UTC, sizes bytes.
+    `criu_options` are flags that the restore needs, because of what was in the tree; `criu_dump` are the options of the dump,
+    with their values; `criu_why` gives reasons of both. Times are RFC 3339 UTC, sizes bytes.
     """
 
     created: str
@@ -147,6 +148,8 @@ class CheckpointConfig:
     bound_addresses: tuple[str, ...] = ()
     tcp: str = "close"
     criu_options: tuple[str, ...] = ()
+    criu_dump: Mapping[str, str] = field(default_factory=dict)
+    criu_why: Mapping[str, str] = field(default_factory=dict)
     memory_bytes: int = 0
     pause_s: float = 0.0
     stages_s: Mapping[str, float] = field(default_factory=dict)
@@ -184,6 +187,8 @@ def _parse(document: Mapping[str, object]) -> CheckpointConfig:
     known["tasks"] = tuple(_record(Task, task, "tasks[]") for task in as_list(document.get("tasks"), "tasks"))
     for name in ("external_mounts", "addresses", "bound_addresses", "criu_options"):
         known[name] = tuple(str(item) for item in as_list(document.get(name), name))
+    for name in ("criu_dump", "criu_why"):
+        known[name] = {key: str(value) for key, value in as_object(document.get(name), name).items()}
     known["gpu"] = _gpu(document["gpu"]) if document.get("gpu") else None
     known["hooks"] = _record(Hooks, document.get("hooks") or {}, "hooks")
     return CheckpointConfig(**known)  # type: ignore[arg-type]  # checked by name above, by value where it is used

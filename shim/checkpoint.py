@@ -39,15 +39,16 @@ from smr.images.store import Store
 from smr.proto.annotations import Tcp, check_reference
 from smr.proto.checkpoint import MOUNT_ANNOTATION, CheckpointConfig, Hooks, Host, LayerType, Source
 from smr.proto.errors import Code, SmrError
-from smr.shim import cgroups, criu, inotify, network, preflight, procs
+from smr.shim import cgroups, criu, criu_why, inotify, network, preflight, procs
 from smr.shim.config import Config
 from smr.shim.criu import Criu
-from smr.shim.dump import options, restore_options
+from smr.shim.dump import flags_of, options, session_options
 from smr.shim.engines import locate, runtime_state
 from smr.shim.engines.target import Target
 from smr.shim.gpu.device_mounts import dump_externals, hook_destinations
 from smr.shim.hold import Hold, Progress, Stages, held, hooks_of
 from smr.shim.lazydump import dump_pages
+from smr.shim.link_remap import relinked
 from smr.shim.restore import external_destinations
 from smr.shim.rootfs import OverlayMount, overlay_of
 from smr.shim.run import run
@@ -132,7 +133,8 @@ class _Checkpoint:
 
     def make(self, name: str) -> Result:
         stages = self.stages
-        chosen = options(self.tcp) | inotify.dump_options(self.target.pid)
+        chosen = options(self.tcp) | session_options(self.target.pid) | inotify.dump_options(self.target.pid)
+        flags_of(self.target.runtime)  # asks the runtime, which need not be while all wait
         lost: SmrError | None = None
         with Store(self.config.store).ingest() as ingest, held(self.target, self.config, self.hooks, stages) as hold:
             hold.quiesce()
@@ -150,7 +152,7 @@ class _Checkpoint:
             if not self.stop:
                 lost = _release(hold)
             with stages.stage("describe"):
-                facts = self._describe(ingest.path / "criu", addresses, hold)
+                facts = self._describe(ingest.path / "criu", addresses, hold, chosen)
                 facts = replace(facts, external_mounts=(*facts.external_mounts, *hooked))
                 facts = replace(facts, memory_bytes=pages.memory_bytes) if pages is not None else facts
             with stages.stage("split"):
@@ -165,8 +167,11 @@ class _Checkpoint:
             raise _lost(self.target, image, lost)
         return Result(image=image, pause_s=hold.pause_s(), stages_s=stages.seconds, warnings=(*warnings, *hold.warnings))
 
-    def _describe(self, folder: Path, addresses: tuple[tuple[str, ...], tuple[str, ...]], hold: Hold) -> CheckpointConfig:
+    def _describe(
+        self, folder: Path, addresses: tuple[tuple[str, ...], tuple[str, ...]], hold: Hold, chosen: Mapping[str, str]
+    ) -> CheckpointConfig:
         facts = _describe(self.target, folder, self.tool, self.tcp, addresses)
+        facts = _with_options(facts, folder, chosen)
         halted = {process.ns_pid for process in hold.stopped}
         return replace(
             facts,
@@ -213,7 +218,7 @@ def _capture(
     pages = dump_pages(
         target, folder, ingest.path / "work", chosen, tool, hold.guard, logs, out=out, compress=compress, stage=stage
     )
-    with hold.stages.stage("rootfs"):
+    with hold.stages.stage("rootfs"), relinked(folder, target.pid):
         _capture_files(target, overlay, ingest.path)
     unread = "" if overlay is not None or target.spec.rootfs_readonly else _NO_OVERLAY.format(target.rootfs)
     return pages.taken, tuple(warning for warning in (unread, pages.why) if warning)
@@ -291,9 +296,17 @@ def _describe(
         addresses=addresses[0],
         bound_addresses=addresses[1],
         tcp=tcp.value,
-        criu_options=restore_options(tcp),
         memory_bytes=sum(file.stat().st_size for file in folder.glob("pages-*.img")),
     )
+
+
+def _with_options(facts: CheckpointConfig, folder: Path, chosen: Mapping[str, str]) -> CheckpointConfig:
+    """The options that the dump had, those that a restore needs, and why."""
+    from smr.images.criu_needs import needs
+
+    found = needs(folder)
+    why = criu_why.of_dump(chosen, {**found.dump, **found.restore})
+    return replace(facts, criu_options=tuple(found.restore), criu_dump=dict(chosen), criu_why={**why, **found.restore})
 
 
 def _host(target: Target, tool: Criu) -> Host:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -14,29 +15,43 @@ from smr.shim import criu
 from smr.shim.criu import Criu
 from smr.shim.engines.target import Target
 from smr.shim.guard import Guard
+from smr.shim.run import run
 
 # Unlinked files up to this size travel in the image (CRIU's own limit is 1 MiB).
 _GHOST_LIMIT = "1G"
 # With less than this free on the store, a dump that failed failed for want of space.
 _FULL_BYTES = 1 << 20
+# Option of CRIU to the flag of a newer runc.
+_NEWER_FLAGS = {"link-remap": "link-remap", "skip-in-flight": "tcp-skip-in-flight"}
 
 
 def options(tcp: Tcp, *, iptables: bool | None = None) -> dict[str, str]:
-    """CRIU's options of a dump, by name, "" for flags.
+    """CRIU's options of a dump, by name, "" for flags. Most are leave, which costs nothing: see smr.images.criu_needs.
 
     With `close` no connection is blocked or saved, so nothing need lock the network. `established` locks it, by nftables
     unless iptables is what the node has.
     """
-    chosen = {"ghost-limit": _GHOST_LIMIT, "file-locks": "", "ext-unix-sk": "", "link-remap": ""}
+    chosen = {"ghost-limit": _GHOST_LIMIT, "file-locks": "", "ext-unix-sk": "", "link-remap": "", "evasive-devices": ""}
     if tcp is Tcp.CLOSE:
         return chosen | {"tcp-close": "", "network-lock": "skip", "skip-in-flight": ""}
     has_iptables = shutil.which("iptables-restore") is not None if iptables is None else iptables
     return chosen | {"tcp-established": "", "network-lock": "iptables" if has_iptables else "nftables"}
 
 
-def restore_options(tcp: Tcp) -> tuple[str, ...]:
-    """Options that a restore of such a dump must have too."""
-    return tuple(name for name in options(tcp, iptables=True) if name in {"file-locks", "ext-unix-sk", "link-remap"})
+def session_options(pid: int) -> dict[str, str]:
+    """The option for a first process that leads no session, which CRIU does not dump without being told."""
+    return {} if os.getsid(pid) == pid else {"shell-job": ""}
+
+
+@functools.cache
+def flags_of(runtime: str) -> Mapping[str, str]:
+    """CRIU's options that this runtime has flags for, which then count: it says yes or no to them in every request to CRIU.
+
+    runc 1.3 has two more than runc 1.1 (its libcontainer/criu_linux.go).
+    """
+    said = run([runtime, "checkpoint", "--help"], timeout_s=20, check=False).stdout
+    newer = {name: flag for name, flag in _NEWER_FLAGS.items() if f"--{flag} " in said}
+    return {name: name for name in criu.RUNTIME_FLAGS} | newer
 
 
 def engine_options() -> dict[str, str]:
@@ -64,9 +79,10 @@ def dump(
     """
     work.mkdir(mode=0o700, exist_ok=True)
     config_file = work / "criu.conf"
+    by_flag = flags_of(target.runtime)
     lazy = lazy_options(server) if server is not None else {}
-    criu.write_options(config_file, {name: value for name, value in {**chosen, **lazy}.items() if name not in criu.RUNTIME_FLAGS})
-    flags = [f"--{name}" for name in chosen if name in criu.RUNTIME_FLAGS]
+    criu.write_options(config_file, {name: value for name, value in {**chosen, **lazy}.items() if name not in by_flag})
+    flags = [f"--{by_flag[name]}" for name in chosen if name in by_flag]
     if lazy and not _is_crun(target):
         flags.append("--lazy-pages")  # runc says yes or no in every request; crun has no such flag and says nothing
     argv = target.runtime_command(

@@ -37,6 +37,7 @@ class Summary:
             "runtime_root": record.root,
             "annotations": {key: value for key, value in record.annotations.items() if key.startswith("smr.")},
             "criu_options": list(record.criu_options),
+            "criu_why": dict(record.criu_why),
             "warnings": list(record.warnings),
             "pages": dict(record.pages),
             "gpus": dict(record.gpus),

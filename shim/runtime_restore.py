@@ -12,15 +12,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from smr.images.image import Image
-from smr.proto.annotations import CRIU_OPTIONS, Annotations, Tcp
+from smr.proto.annotations import Annotations, Tcp
+from smr.proto.criu_options import OPTIONS
 from smr.proto.errors import Code, SmrError
 from smr.proto.oci import Spec
-from smr.shim import criu, procs
+from smr.shim import criu, criu_why, procs
 from smr.shim.config import load
 from smr.shim.criu import Criu
 from smr.shim.oci_args import RuntimeCall
 from smr.shim.state import ContainerState
 
+_FLAGS = frozenset(name for name, option in OPTIONS.items() if not option.value)
 _RESTORE_FLAGS = ("console-socket", "no-pivot", "pid-file")
 _BASE_TIMEOUT_S = 60.0
 # Slower than any disk worth restoring from; beyond that CRIU hangs.
@@ -29,12 +31,12 @@ _BYTES_PER_S = 50e6
 
 def criu_options(image: Image, annotations: Annotations) -> dict[str, str]:
     """CRIU's options of this restore: those the dump needed, the mode of TCP, the user's; then what we always set."""
-    foreign = sorted(set(image.config.criu_options) - CRIU_OPTIONS)
+    foreign = sorted(set(image.config.criu_options) - _FLAGS)
     if foreign:
         # An image may come from anywhere, and some options run programs.
         raise SmrError(
             f"{image.reference} asks for the CRIU option {foreign[0]!r}, which is not allowed",
-            hint="allowed: " + ", ".join(sorted(CRIU_OPTIONS)),
+            hint="allowed: " + ", ".join(sorted(_FLAGS)),
             code=Code.UNSUPPORTED,
         )
     options = dict.fromkeys(image.config.criu_options, "")
@@ -69,12 +71,14 @@ def run_restore(
     """Run the real runtime's restore with the caller's stdio, which becomes the container's. `more`: options of CRIU."""
     options = {**criu_options(image, annotations), **more}
     state.record.criu_options = tuple(sorted(options))
+    state.record.criu_why = criu_why.of_restore(options, image.config, annotations)
     config_file = state.work_dir / "criu.conf"
+    groups = options.pop("manage-cgroups", "ignore")
     by_flag = criu.RUNTIME_FLAGS | ({"lazy-pages"} if "runc" in Path(state.record.runtime).name else set())
     flags = [f"--{name}" for name in options if name in by_flag]
     criu.write_options(config_file, {name: value for name, value in options.items() if name not in by_flag})
     state.save()
-    argv = _restore_argv(call, state, flags)
+    argv = _restore_argv(call, state, [*flags, "--manage-cgroups-mode", groups])
     timeout_s = _BASE_TIMEOUT_S + image.size_bytes / _BYTES_PER_S
     # stdio is the container's, so it is inherited; everything else of our environment that the engine set is kept for hooks.
     process = subprocess.Popen(argv, env={**os.environ, **tool.environment(config_file)})
@@ -105,8 +109,7 @@ def _restore_argv(call: RuntimeCall, state: ContainerState, flags: list[str]) ->
     if call.option("pid-file") is None:
         carried += ["--pid-file", str(state.path / "pid")]
     paths = ["--bundle", str(call.bundle), "--image-path", str(state.criu_dir), "--work-path", str(state.work_dir)]
-    cgroups_mode = ["--manage-cgroups-mode", "ignore"]
-    return [state.record.runtime, *call.global_args, "restore", "--detach", *paths, *carried, *cgroups_mode, *flags, call.id]
+    return [state.record.runtime, *call.global_args, "restore", "--detach", *paths, *carried, *flags, call.id]
 
 
 def note_pid(call: RuntimeCall, state: ContainerState) -> None:

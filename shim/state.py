@@ -94,6 +94,7 @@ class Record:
     resume: str = ""
     resume_timeout_s: float = 0.0
     criu_options: tuple[str, ...] = ()
+    criu_why: Mapping[str, str] = field(default_factory=dict)
     mounts_before: tuple[str, ...] = ()
     stopped_pids: tuple[int, ...] = ()
     undo_rootfs: bool = False

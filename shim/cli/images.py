@@ -54,6 +54,9 @@ def inspect_image(image: str, as_json: bool) -> None:
     for key, value in _described(found, _cached(found, pinned)):
         if value:
             click.echo(f"{key:<16}{value}")
+    if options := list(_options(found.config)):
+        print_table(("CRIU OPTION", "AT", "VALUE", "WHY"), options)
+        click.echo()
     rows = [(layer.kind.name.lower(), layer.title, size(layer.size_bytes), layer.digest[7:19]) for layer in found.layers]
     print_table(("LAYER", "NAME", "SIZE", "DIGEST"), rows)
 
@@ -171,6 +174,14 @@ def _described(image: Image, cached: str) -> Iterator[tuple[str, str]]:
     yield "pause", f"{config.pause_s:.3f} s" if config.pause_s else ""
     yield "quiesce", config.hooks.quiesce
     yield "resume", config.hooks.resume
+
+
+def _options(config: CheckpointConfig) -> Iterator[tuple[str, str, str, str]]:
+    """CRIU's options: those that the dump had, and which of them a restore has too."""
+    for name in sorted({*config.criu_dump, *config.criu_options}):
+        both = (name in config.criu_dump, name in config.criu_options)
+        at = {(True, True): "dump, restore", (True, False): "dump"}.get(both, "restore")
+        yield name, at, ", ".join(config.criu_dump.get(name, "").split("\n")), config.criu_why.get(name, "")
 
 
 def _gpus(config: CheckpointConfig) -> Iterator[tuple[str, str]]:

@@ -21,8 +21,10 @@ def inspect(container: str, as_json: bool) -> None:
         print_json({**summary.as_json(), **summary.details(state)})
         return
     for key, value in {**summary.as_json(), **summary.details(state)}.items():
-        if key not in {"stages", "stages_s"} and value not in ("", [], None):
+        if key not in {"stages", "stages_s", "criu_options", "criu_why"} and value not in ("", [], {}, None):
             click.echo(f"{key:<16}{value}")
+    print_table(("CRIU OPTION", "WHY"), sorted(state.record.criu_why.items()))
+    click.echo()
     stages = state.record.stages
     rows = [(s.name, f"{s.start_s * 1000:.1f}", f"{s.end_s * 1000:.1f}", f"{(s.end_s - s.start_s) * 1000:.1f}") for s in stages]
     print_table(("STAGE", "FROM ms", "TO ms", "TOOK ms"), rows)

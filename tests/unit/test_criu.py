@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from smr.proto.annotations import CRIU_OPTIONS, Annotations, Tcp
+from smr.proto.annotations import Annotations, Tcp
 from smr.proto.errors import Code, SmrError
 from smr.shim import criu, dump
 from smr.shim.config import Config
@@ -201,12 +201,23 @@ def test_dump_with_connections(iptables: bool, lock: str) -> None:
     assert "tcp-close" not in chosen
 
 
-@pytest.mark.parametrize("tcp", list(Tcp))
-def test_restore_needs_what_the_dump_had(tcp: Tcp) -> None:
-    """Those options are in the dump, and a restore may have them."""
-    needed = dump.restore_options(tcp)
-    assert set(needed) <= dump.options(tcp, iptables=True).keys()
-    assert set(needed) <= CRIU_OPTIONS
+@pytest.mark.parametrize(
+    ("said", "newer"), [("--link-remap  allow\n   --tcp-skip-in-flight  skip", True), ("--file-locks", False)]
+)
+def test_options_that_a_runtime_has_flags_for(monkeypatch: pytest.MonkeyPatch, said: str, newer: bool) -> None:
+    """A newer runc says no to link-remap and tcp-skip-in-flight unless its own flags say yes."""
+    monkeypatch.setattr(dump, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, said, ""))
+    found = dump.flags_of(f"/usr/bin/runc{newer}")
+    assert found.get("skip-in-flight") == ("tcp-skip-in-flight" if newer else None)
+    assert ("link-remap" in found) is newer
+    assert found.keys() >= criu.RUNTIME_FLAGS
+
+
+def test_first_process_that_leads_no_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CRIU must be told of it; of one that leads its session it must not."""
+    monkeypatch.setattr(dump.os, "getsid", lambda pid: 7)
+    assert dump.session_options(7) == {}
+    assert dump.session_options(8) == {"shell-job": ""}
 
 
 @pytest.mark.parametrize("iptables", ["/usr/sbin/iptables-restore", None])

@@ -1,0 +1,51 @@
+"""Why each of CRIU's options is there, in a few words: kept in the image for a dump, in the record for a restore, and shown.
+
+The reasons that come of what was in the tree are `smr.images.criu_needs`'; the others follow from what was asked of SMR.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from smr.proto.annotations import CRIU_PREFIX, Annotations, Tcp
+from smr.proto.checkpoint import CheckpointConfig
+
+NOT_USED = "allowed; nothing in the tree needed it"
+_DUMP = {
+    "tcp-close": "connections are not saved",
+    "tcp-established": "connections are saved",
+    "skip-in-flight": "connections are not saved, nor those that nobody has accepted yet",
+    "irmap-scan-path": "paths that are watched: an overlay cannot open a watched file by its handle",
+    "external": "files of the GPU's driver are the node's",
+    "shell-job": "the first process leads no session",
+}
+_LOCKS = {
+    "skip": "nothing is saved of connections, so nothing has to be kept from them",
+    "iptables": "connections are saved: packets are dropped until they are",
+    "nftables": "connections are saved: packets are dropped until they are; this node has no iptables",
+}
+_RESTORE = {
+    "leave-stopped": "the tree is completed before any of it runs",
+    "lazy-pages": "smr.pages=lazy",
+    "external": "files of the GPU's driver are this node's",
+}
+
+
+def of_dump(chosen: Mapping[str, str], found: Mapping[str, str]) -> dict[str, str]:
+    """Option to reason, for the options of a dump; `found` are the reasons that the dump itself gives."""
+    reasons = {**_DUMP, "network-lock": _LOCKS.get(chosen.get("network-lock", ""), "")}
+    return {name: found.get(name) or reasons.get(name) or NOT_USED for name in chosen}
+
+
+def of_restore(
+    options: Mapping[str, str], image: CheckpointConfig, annotations: Annotations, more: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Option to reason, for the options of a restore; `more` are reasons of those who added an option themselves."""
+    connections = "smr.tcp=established" if annotations.tcp is Tcp.ESTABLISHED else f"smr.tcp={annotations.tcp.value}"
+    reasons = {**_RESTORE, "tcp-close": f"{connections}: established connections end", "tcp-established": connections}
+    return {
+        name: f"{CRIU_PREFIX}{name} asks for it"
+        if name in annotations.criu
+        else (more or {}).get(name) or reasons.get(name) or image.criu_why.get(name) or "the image asks for it"
+        for name in options
+    }

@@ -1,0 +1,123 @@
+"""CRIU's options follow from what is in the tree, on real runtimes: a restore has those that it needs, and says why."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import shutil
+import socket
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.command import eventually
+from tests.integration.node import REPOSITORY
+from tests.integration.runc import Edit, Runc
+
+FAIL = {"smr.fallback": "fail"}
+COMMAND = ("sh", "-c", "python3 /data/holder.py /data/log /tmp & exec python3 /app/workload.py")
+
+
+class Outside:
+    """A folder of the host's for a container's /data, with a holder in it and a socket that hears what it says."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        shutil.copy2(REPOSITORY / "tests/integration/holder.py", folder / "holder.py")
+        self.socket: socket.socket
+
+    def edit(self, spec: dict[str, object]) -> None:
+        """/data in the spec."""
+        mounts = spec["mounts"]
+        assert isinstance(mounts, list)
+        mounts.append({"destination": "/data", "type": "bind", "source": str(self.folder), "options": ["rbind", "rw"]})
+
+    def begin(self, runc: Runc, name: str) -> None:
+        """The socket that the holder waits for. CRIU sees peers in the container's network namespace, as in a pod."""
+
+        pid = runc.pid(name)
+
+        def make() -> None:
+            with Path(f"/proc/{pid}/ns/net").open() as namespace:
+                assert ctypes.CDLL(None).setns(namespace.fileno(), 0) == 0
+            self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+
+        thread = threading.Thread(target=make)
+        thread.start()
+        thread.join()
+        fd = self.socket.fileno()
+        bind = f"import socket; socket.socket(fileno={fd}).bind('/data/log')"
+        subprocess.run(["nsenter", f"--target={pid}", "--mount", "python3", "-c", bind], check=True, pass_fds=[fd])
+
+    def hear(self) -> dict[str, object]:
+        """What the holder says next."""
+        self.socket.settimeout(0)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self.socket.recv(1 << 16)  # what was said before
+        self.socket.settimeout(10)
+        return json.loads(self.socket.recv(1 << 16))
+
+
+@pytest.fixture
+def outside(restoring_runc: Runc) -> Iterator[Outside]:
+    """The folder and its socket."""
+    folder = Path(tempfile.mkdtemp(dir=restoring_runc.path.parent))
+    there = Outside(folder)
+    yield there
+    there.socket.close()
+    shutil.rmtree(folder)
+
+
+def editing(*edits: Edit) -> Edit:
+    """Several edits of a spec as one."""
+
+    def edit(spec: dict[str, object]) -> None:
+        for one in edits:
+            one(spec)
+
+    return edit
+
+
+def test_options_follow_from_the_tree(restoring_runc: Runc, outside: Outside) -> None:
+    """A lock, deleted files and a socket to the outside come back; image and container say which options that took, and why.
+
+    A container without any of them is restored without those options.
+    """
+    runc = restoring_runc
+    runc.create("source", runc.bundle("source", *COMMAND, edit=outside.edit))
+    runc("start", "source")
+    runc.ready("source")
+    runc.checkpoint("source", "plain:1")
+    outside.begin(runc, "source")
+    eventually(outside.hear)
+    runc.checkpoint("source", "options:1")
+    runc.remove("source")
+    described = json.loads(runc.node.smr("images", "inspect", "options:1", "--json").stdout)["config"]
+    assert set(described["criu_options"]) == {"file-locks", "ext-unix-sk"}
+    assert "1 unix socket outside of the container, such as /data/log" in described["criu_why"]["ext-unix-sk"]
+    assert "1 open file that was deleted" in described["criu_why"]["ghost-limit"]
+    assert "other" in described["criu_why"]["link-remap"] or "linked" in described["criu_why"]["link-remap"]
+    assert "1 lock of files" in runc.node.smr("images", "inspect", "options:1").stdout
+    folder = runc.bundle("again", *COMMAND, annotations={"smr.restore": "options:1", **FAIL}, edit=outside.edit)
+    runc.create("again", folder)
+    runc("start", "again")
+    said = outside.hear()
+    assert (said["locked"], said["ghost"], said["linked"]) == (True, "a ghost", "a link")
+    inspected = json.loads(runc.node.smr("inspect", "again", "--json").stdout)
+    assert {"file-locks", "ext-unix-sk", "tcp-close", "leave-stopped"} == set(inspected["criu_options"])
+    assert inspected["criu_why"].keys() == set(inspected["criu_options"])
+    assert "1 lock of files" in inspected["criu_why"]["file-locks"]
+    assert "file-locks" in runc.node.smr("inspect", "again").stdout
+    runc.remove("again")
+    wanted = {"smr.restore": "plain:1", "smr.criu.skip-file-rwx-check": "", **FAIL}
+    runc.create("again", runc.bundle("again", *COMMAND, annotations=wanted, edit=outside.edit))
+    runc("start", "again")
+    why = json.loads(runc.node.smr("inspect", "again", "--json").stdout)["criu_why"]
+    assert set(why) == {"tcp-close", "leave-stopped", "skip-file-rwx-check"}
+    assert why["skip-file-rwx-check"] == "smr.criu.skip-file-rwx-check asks for it"
