@@ -124,6 +124,17 @@ def unpin(run_dir: Path, digest: str) -> Pin | None:
     return found
 
 
+def pinned_digest(run_dir: Path, store: Store, image: str) -> str:
+    """The digest of `image`; one that was replaced or lost its name is still known to its pin. Raises IMAGE_NOT_FOUND."""
+    try:
+        return store.resolve(image).digest
+    except SmrError as error:
+        found = [pin.digest for pin in pins(run_dir) if image == pin.reference or pin.digest.startswith(image)]
+        if error.code is not Code.IMAGE_NOT_FOUND or len(found) != 1:
+            raise
+        return found[0]
+
+
 def _folder(run_dir: Path) -> Path:
     return run_dir / "pins"
 

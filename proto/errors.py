@@ -39,6 +39,7 @@ class Code(StrEnum):
     RUNTIME_MISSING = "runtime_missing"
     RUNTIME_FAILED = "runtime_failed"
     ENGINE_MISSING = "engine_missing"
+    AGENT_MISSING = "agent_missing"
     ENGINE_FAILED = "engine_failed"
     CONTAINER_NOT_FOUND = "container_not_found"
     CONTAINER_STATE = "container_state"
@@ -79,7 +80,7 @@ _INCOMPATIBLE = {
 }
 _CORRUPT = {Code.IMAGE_CORRUPT, Code.ARCHIVE_UNSAFE, Code.ARCHIVE_INVALID}
 _CONFLICT = {Code.IMAGE_EXISTS, Code.IMAGE_IN_USE, Code.CONTAINER_STATE}
-_MISSING = {Code.CRIU_MISSING, Code.CRIU_TOO_OLD, Code.RUNTIME_MISSING, Code.ENGINE_MISSING}
+_MISSING = {Code.CRIU_MISSING, Code.CRIU_TOO_OLD, Code.RUNTIME_MISSING, Code.ENGINE_MISSING, Code.AGENT_MISSING}
 _BAD_INPUT = {
     Code.USAGE,
     Code.CONFIG_INVALID,

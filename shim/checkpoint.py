@@ -45,6 +45,7 @@ from smr.shim.criu import Criu
 from smr.shim.dump import flags_of, options, session_options
 from smr.shim.engines import locate, runtime_state
 from smr.shim.engines.target import Target
+from smr.shim.events import emit, emit_failure
 from smr.shim.gpu.device_mounts import dump_externals, hook_destinations
 from smr.shim.hold import Hold, Progress, Stages, held, hooks_of
 from smr.shim.lazydump import dump_pages
@@ -87,13 +88,35 @@ def checkpoint(
     A failure leaves the container as it was and no trace in the store, but for one: when GPU memory did not come back after a
     dump that is good, the image is committed, and GPU_FAILED raised.
     """
-    check_reference(name)
-    tool = criu.find(config)
-    wanted = hooks or hooks_of(target)
-    with _alone(target) as found:
-        return _Checkpoint(
-            target=found, config=config, tool=tool, tcp=tcp, stop=stop, compress=compress, hooks=wanted, stages=Stages(progress)
-        ).make(name)
+    try:
+        check_reference(name)
+        tool = criu.find(config)
+        wanted = hooks or hooks_of(target)
+        with _alone(target) as found:
+            result = _Checkpoint(
+                target=found,
+                config=config,
+                tool=tool,
+                tcp=tcp,
+                stop=stop,
+                compress=compress,
+                hooks=wanted,
+                stages=Stages(progress),
+            ).make(name)
+    except SmrError as error:
+        emit_failure(config, "checkpoint_failed", target.id, target.spec.annotations, error, name)
+        raise
+    facts = {
+        "container": target.id,
+        "image": result.image.reference,
+        "digest": result.image.digest,
+        "size_bytes": result.image.size_bytes,
+        "pause_s": result.pause_s,
+        "stages_s": result.stages_s,
+        "warnings": list(result.warnings),
+    }
+    emit(config, "checkpointed", facts, target.spec.annotations)
+    return result
 
 
 @contextlib.contextmanager

@@ -9,6 +9,9 @@ cache_share = 0.5             # of the memory that is available, what prefetch a
 fills = 2                     # restores that fill memory at a time; the others wait for their turn
 fill_wait_s = 60.0            # how long a restore waits for its turn, and for memory
 gpu_timeout_s = 0.0           # for each call of the NVIDIA driver; 0: 30 for locks, else 60 and more by the memory in use
+agent_socket = ""             # where `smr agent` is called; empty: agent.sock in the state directory
+agent_listen = "127.0.0.1:9464"  # its metrics and health: HOST:PORT or unix:PATH; empty: none
+agent_events = "auto"         # events of pods, where its token allows it; or "off"
 
 The state directory (`run`, default /run/smr, must not survive a boot) is set by SMR_RUN alone: the sh part of smr-runtime
 looks there before anything reads TOML.
@@ -70,6 +73,9 @@ class Config:
     fills: int = 2
     fill_wait_s: float = 60.0
     gpu_timeout_s: float = 0.0
+    agent_socket: str = ""
+    agent_listen: str = "127.0.0.1:9464"
+    agent_events: str = "auto"
 
 
 def load(path: Path | None = None, environ: Mapping[str, str] | None = None) -> Config:

@@ -90,13 +90,13 @@ def note_bypass(arguments: Sequence[str], config: Config, bundle: Path, options:
 
 
 def _record_bypass(root: str, config: Config, bundle: Path, image: str, runtime: str) -> None:
-    from smr.shim.log import canonical_line
+    from smr.shim.events import emit
     from smr.shim.state import Record, Status, begin
     from smr.shim.sweep import sweep
 
     reason = f"the client asked for {runtime} by its path, which goes past SMR (leave BinaryName empty, or give the name alone)"
     facts = {"container": bundle.name, "image": image, "runtime": runtime, "reason": reason}
-    canonical_line(config.log, "runtime_bypassed", level="warning", **facts)
+    emit(config, "runtime_bypassed", {"level": "warning", "code": Code.UNSUPPORTED.value, **facts})
     sweep(config)  # nobody tells us when such a container ends
     record = Record(
         id=bundle.name,

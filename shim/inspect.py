@@ -63,18 +63,13 @@ def summary_of(state: ContainerState) -> Summary:
         status = "exited"
     if record.status is Status.RESTORING and not state.owner_alive():
         status = "broken"
-    # Stages overlap and `start` comes when the engine is ready, so what counts is the time in which SMR did anything.
-    total, end = 0.0, 0.0
-    for stage in sorted(record.stages, key=lambda one: one.start_s):
-        total += max(stage.end_s - max(stage.start_s, end), 0.0)
-        end = max(end, stage.end_s)
     return Summary(
         id=record.id,
         status=status,
         image=record.image,
         digest=record.digest,
         started=record.started,
-        total_s=round(total, 6),
+        total_s=record.busy_s(),
         pid=record.pid,
         reason=record.reason,
         reason_code=record.reason_code,

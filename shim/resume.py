@@ -16,8 +16,8 @@ from smr.proto.errors import Code, SmrError
 from smr.shim import config as settings
 from smr.shim import procs
 from smr.shim.config import Config
+from smr.shim.events import emit
 from smr.shim.files import drop_tree, write_atomic
-from smr.shim.log import canonical_line
 from smr.shim.state import ContainerState, GoneError, Stage, Status, load_path
 
 
@@ -125,19 +125,19 @@ def report(state: ContainerState, config: Config) -> None:
 
 def _report(state: ContainerState, config: Config) -> None:
     record = state.record
-    canonical_line(
-        config.log,
-        "restored",
-        container=record.id,
-        image=record.image,
-        digest=record.digest,
-        pid=record.pid,
-        pages=dict(record.pages),
-        gpus=dict(record.gpus),
-        warnings=list(record.warnings),
-        stages_s=record.stages_s(),
-        total_s=round(time.monotonic() - record.started_monotonic, 6),
-    )
+    facts = {
+        "container": record.id,
+        "image": record.image,
+        "digest": record.digest,
+        "pid": record.pid,
+        "pages": dict(record.pages),
+        "gpus": dict(record.gpus),
+        "warnings": list(record.warnings),
+        "stages_s": record.stages_s(),
+        "total_s": round(time.monotonic() - record.started_monotonic, 6),
+        "busy_s": record.busy_s(),
+    }
+    emit(config, "restored", facts, record.annotations)
 
 
 if __name__ == "__main__":

@@ -17,13 +17,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from smr.proto.annotations import STATUS, STATUS_CODE, STATUS_REASON, Annotations, Fallback, wanted
+from smr.proto.annotations import RESTORE, STATUS, STATUS_CODE, STATUS_REASON, Annotations, Fallback, wanted
 from smr.proto.errors import Code, SmrError
 from smr.proto.oci import Spec, as_object, load_spec
 from smr.shim import config as settings
 from smr.shim import log
 from smr.shim.asked import asked
 from smr.shim.config import Config
+from smr.shim.events import emit, emit_failure
 from smr.shim.files import write_atomic
 from smr.shim.oci_args import RuntimeCall, parse_call
 from smr.shim.real_runtime import real_runtime
@@ -83,18 +84,27 @@ def create(call: RuntimeCall, config: Config) -> int:
     spec = load_spec(call.bundle)
     if not wanted(spec.annotations):
         exec_real(call, config)
-    annotations = asked(spec)
+    annotations = _asked(call, config, spec)
     if annotations is None:
         exec_real(call, config)
     error = try_restore(call, spec, annotations, config, then_exit=True)
     if error is None:
         return 0
     if annotations.fallback is Fallback.FAIL:
-        report_failure(call, config, annotations, error)
+        emit_failure(config, "restore_failed", call.id, spec.annotations, error, annotations.restore)
         raise error
     start_cold(call, config, annotations, error)
     # Not as a child: the engine's signals, descriptors and kill -9 are the real runtime's to get.
     exec_real(call, config)
+
+
+def _asked(call: RuntimeCall, config: Config, spec: Spec) -> Annotations | None:
+    """What the annotations ask for; a wrong one is told, and raised, whatever they say of a fallback."""
+    try:
+        return asked(spec)
+    except SmrError as error:
+        emit_failure(config, "restore_failed", call.id, spec.annotations, error, spec.annotations.get(RESTORE, ""))
+        raise
 
 
 def try_restore(
@@ -126,9 +136,9 @@ def try_restore(
         try:
             restore(call, spec, annotations, config, state)
         except SmrError as error:
-            return _failed(state, error)
+            return _failed(state, config, error)
         except BaseException as error:  # whatever it was, an interrupt too, nothing may be left behind
-            failure = _failed(state, SmrError(f"internal error while restoring {annotations.restore}: {error!r}"))
+            failure = _failed(state, config, SmrError(f"internal error while restoring {annotations.restore}: {error!r}"))
             if isinstance(error, Exception):
                 return failure
             raise
@@ -147,7 +157,7 @@ def _begin(config: Config, record: Record) -> ContainerState:
     return begin(config.run, record)
 
 
-def _failed(state: ContainerState, error: SmrError) -> SmrError:
+def _failed(state: ContainerState, config: Config, error: SmrError) -> SmrError:
     """Take back what was done. Raises when that cannot be: what is left must not start cold on a half-restored root."""
     from smr.shim.undo import undo
 
@@ -158,6 +168,7 @@ def _failed(state: ContainerState, error: SmrError) -> SmrError:
     state.record.status, state.record.reason, state.record.reason_code = Status.FAILED, str(error), error.code.value
     with contextlib.suppress(OSError):
         state.save()
+    emit_failure(config, "restore_failed", state.record.id, state.record.annotations, error, state.record.image)
     raise SmrError(
         f"{error.message}; it cannot start cold either: {'; '.join(problems)}",
         hint="'smr gc' tries again to clean up",
@@ -179,7 +190,8 @@ def _guard_undo(path: Path, config: Config) -> None:
         if not problems:
             state.remove()
     reason = f"process {state.record.owner_pid} was killed"
-    log.canonical_line(config.log, "restore_killed", container=state.record.id, reason=reason, problems=problems)
+    facts = {"container": state.record.id, "image": state.record.image, "reason": reason, "problems": problems}
+    emit(config, "restore_killed", facts, state.record.annotations)
 
 
 def start_cold(call: RuntimeCall, config: Config, annotations: Annotations, error: SmrError) -> None:
@@ -193,16 +205,11 @@ def start_cold(call: RuntimeCall, config: Config, annotations: Annotations, erro
     path = call.bundle / "config.json"
     document = {**spec.document, "annotations": {**spec.annotations, **status}}
     write_atomic(path, json.dumps(document).encode(), mode=path.stat().st_mode & 0o777, durable=False)
-    _begin(config, _cold_record(call, config, annotations, error))
-    log.canonical_line(config.log, "started_cold", container=call.id, image=annotations.restore, **_reason(error))
+    _begin(config, _cold_record(call, config, spec, annotations, error))
+    emit_failure(config, "started_cold", call.id, spec.annotations, error, annotations.restore)
 
 
-def report_failure(call: RuntimeCall, config: Config, annotations: Annotations, error: SmrError) -> None:
-    """Our log's line of a restore that failed and was not to fall back."""
-    log.canonical_line(config.log, "restore_failed", container=call.id, image=annotations.restore, **_reason(error))
-
-
-def _cold_record(call: RuntimeCall, config: Config, annotations: Annotations, error: SmrError) -> Record:
+def _cold_record(call: RuntimeCall, config: Config, spec: Spec, annotations: Annotations, error: SmrError) -> Record:
     return Record(
         id=call.id,
         root=call.root,
@@ -212,11 +219,8 @@ def _cold_record(call: RuntimeCall, config: Config, annotations: Annotations, er
         status=Status.COLD,
         reason=str(error),
         reason_code=error.code.value,
+        annotations=dict(spec.annotations),
     )
-
-
-def _reason(error: SmrError) -> dict[str, str]:
-    return {"code": error.code.value, "reason": str(error)}
 
 
 def start(call: RuntimeCall, config: Config) -> int:
@@ -309,11 +313,11 @@ def run_container(call: RuntimeCall, config: Config) -> int:
         exec_real(call, config)
     if not detached:
         _become_subreaper()
-    annotations = asked(spec)
+    annotations = _asked(call, config, spec)
     error = try_restore(call, spec, annotations, config) if annotations else None
     if annotations and error is not None:
         if annotations.fallback is Fallback.FAIL:
-            report_failure(call, config, annotations, error)
+            emit_failure(config, "restore_failed", call.id, spec.annotations, error, annotations.restore)
             raise error
         start_cold(call, config, annotations, error)
         exec_real(call, config)

@@ -106,6 +106,14 @@ class Record:
         """Length of each stage."""
         return {stage.name: round(stage.end_s - stage.start_s, 6) for stage in self.stages}
 
+    def busy_s(self) -> float:
+        """The time in which SMR did anything: stages overlap, and `start` comes when the engine is ready."""
+        total, end = 0.0, 0.0
+        for stage in sorted(self.stages, key=lambda one: one.start_s):
+            total += max(stage.end_s - max(stage.start_s, end), 0.0)
+            end = max(end, stage.end_s)
+        return round(total, 6)
+
 
 class GoneError(SmrError):
     """Another process has dropped the record meanwhile; whoever wanted the container goes to the real runtime."""

@@ -17,6 +17,7 @@ from smr.proto.errors import Code, SmrError, exit_status
 
 # Command -> module under smr.shim.cli and the object in it. Loaded when it is called, or listed by --help.
 _COMMANDS = {
+    "agent": ("agent", "agent"),
     "check": ("check", "check"),
     "checkpoint": ("checkpoint", "checkpoint"),
     "completion": ("completion", "completion"),

@@ -82,27 +82,15 @@ def pin(image: str | None, list_pins: bool, as_json: bool) -> None:
 @json_option
 def unpin(image: str, as_json: bool) -> None:
     """Let IMAGE leave memory again when the node needs it for other things."""
+    from smr.images.pin import pinned_digest
     from smr.images.pin import unpin as release
 
-    digest = _pinned_digest(image)
+    digest = pinned_digest(run_dir(), open_store(), image)
     released = release(run_dir(), digest)
     if as_json:
         print_json({"digest": digest, "unpinned": released is not None, "bytes": released.bytes if released else 0})
         return
     click.echo(f"{image}: unpinned, {size(released.bytes)}" if released else f"{image}: was not pinned")
-
-
-def _pinned_digest(image: str) -> str:
-    """An image that was replaced or lost its name is still known to its pin, by its digest."""
-    from smr.images.pin import pins
-
-    try:
-        return open_store().resolve(image).digest
-    except SmrError as error:
-        found = [pin.digest for pin in pins(run_dir()) if image == pin.reference or pin.digest.startswith(image)]
-        if error.code is not Code.IMAGE_NOT_FOUND or len(found) != 1:
-            raise
-        return found[0]
 
 
 def _list_pins(as_json: bool) -> None:

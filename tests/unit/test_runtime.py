@@ -222,7 +222,7 @@ def test_failure_that_can_be_taken_back(config: Config, monkeypatch: pytest.Monk
     """The error goes back to who decides on a cold start; nothing is kept."""
     kept, error = record(config, status=Status.RESTORING), SmrError("no", code=Code.CRIU_FAILED)
     monkeypatch.setattr("smr.shim.undo.undo", lambda _: [])
-    assert runtime._failed(kept, error) is error
+    assert runtime._failed(kept, config, error) is error
     assert not kept.path.exists()
 
 
@@ -231,7 +231,7 @@ def test_failure_that_cannot_be_taken_back_forbids_a_cold_start(config: Config, 
     kept, error = record(config, status=Status.RESTORING), SmrError("CRIU failed", code=Code.CRIU_FAILED)
     monkeypatch.setattr("smr.shim.undo.undo", lambda _: ["undoing root filesystem of c1: Input/output error"])
     with pytest.raises(SmrError) as caught:
-        runtime._failed(kept, error)
+        runtime._failed(kept, config, error)
     assert caught.value.code is Code.CRIU_FAILED
     assert "CRIU failed" in caught.value.message
     assert "Input/output error" in caught.value.message
