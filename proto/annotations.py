@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from smr.proto.criu_options import OPTIONS, check_option
 from smr.proto.errors import Code, SmrError
+from smr.proto.mount_list import MOUNT_PREFIX, MOUNTS, parse_mounts
 
 _E = TypeVar("_E", bound=StrEnum)
 
@@ -30,7 +31,6 @@ GPU_MAP = "smr.gpu.map"
 QUIESCE = "smr.quiesce"
 RESUME = "smr.resume"
 HOOK_TIMEOUT = "smr.hook.timeout"
-MOUNT_PREFIX = "smr.mount."
 CRIU_PREFIX = "smr.criu."
 
 # Written by us into the annotations of a container that started cold or was restored; never read back as a request.
@@ -46,6 +46,7 @@ KEYS: Mapping[str, str] = {
     PAGES: "how pages reach memory: auto, fill (before it runs), lazy (while it runs) or criu (CRIU's own way)",
     ROOTFS: "check (source image must be the checkpoint's) or force",
     COMMAND: "check (command must be the checkpoint's) or force",
+    MOUNTS: "sources of mounts: DEST=SOURCE[,DEST=SOURCE...]",
     GPU_MAP: "which GPU takes the place of which: auto, identity, order, or OLD=NEW[,OLD=NEW...] by UUID or index",
     QUIESCE: "what a checkpoint does before it pauses the container: a preset, an HTTP call, a command or a signal",
     RESUME: "what undoes it, after the checkpoint and after each restore",
@@ -168,7 +169,7 @@ def parse(annotations: Mapping[str, str]) -> Annotations | None:
         quiesce=ours.get(QUIESCE, ""),
         resume=ours.get(RESUME, ""),
         hook_timeout_s=timeout_s,
-        mounts={_destination(key): _source(key, value) for key, value in ours.items() if key.startswith(MOUNT_PREFIX)},
+        mounts=parse_mounts(ours),
         criu={key.removeprefix(CRIU_PREFIX): _criu(key, value) for key, value in ours.items() if key.startswith(CRIU_PREFIX)},
     )
 
@@ -221,29 +222,6 @@ def _seconds(ours: Mapping[str, str], key: str) -> float:
     raise SmrError(
         f"annotation {key}={value!r}: not a number of seconds",
         hint=f"use {key}=30",
-        code=Code.ANNOTATION_INVALID,
-        annotation=key,
-    )
-
-
-def _destination(key: str) -> str:
-    destination = key.removeprefix(MOUNT_PREFIX)
-    if destination.startswith("/"):
-        return destination
-    raise SmrError(
-        f"annotation {key}: the destination in the container must be absolute",
-        hint=f"use {MOUNT_PREFIX}/data=/srv/data",
-        code=Code.ANNOTATION_INVALID,
-        annotation=key,
-    )
-
-
-def _source(key: str, value: str) -> str:
-    if value.startswith("/"):
-        return value
-    raise SmrError(
-        f"annotation {key}={value}: the source on the host must be an absolute path",
-        hint=f"use {key}=/srv/data",
         code=Code.ANNOTATION_INVALID,
         annotation=key,
     )

@@ -83,6 +83,21 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HeldFile:
+    """A file on an external mount that a process had open: `path` below the mount's destination, "" for the mount itself.
+
+    `mode` is st_mode. `size_bytes` is -1 where any size will do. `holder` says in words who has it, and how.
+    """
+
+    mount: str
+    path: str
+    mode: int
+    size_bytes: int = -1
+    writable: bool = False
+    holder: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
     """A GPU that the container had, in the order in which its processes see them. `uuid` as NVML writes it: GPU-xxxxxxxx-..."""
 
@@ -124,7 +139,7 @@ class Hooks:
     timeout_s: float = 0.0
 
 
-_Record = TypeVar("_Record", Host, Source, Task, Gpu, CudaTask, Hooks)
+_Record = TypeVar("_Record", Host, Source, Task, HeldFile, Gpu, CudaTask, Hooks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +149,8 @@ class CheckpointConfig:
     `spec` is the OCI spec the container ran with. `external_mounts` are destinations that CRIU expects from outside.
     `bound_addresses` are addresses other than wildcard and loopback that sockets of the tree were bound to.
     `criu_options` are flags that the restore needs, because of what was in the tree; `criu_dump` are the options of the dump,
-    with their values; `criu_why` gives reasons of both. Times are RFC 3339 UTC, sizes bytes.
+    with their values; `criu_why` gives reasons of both. `held_files` are not in the image, and must be what they were. Times are
+    RFC 3339 UTC, sizes bytes.
     """
 
     created: str
@@ -155,6 +171,7 @@ class CheckpointConfig:
     stages_s: Mapping[str, float] = field(default_factory=dict)
     gpu: GpuState | None = None
     hooks: Hooks = field(default_factory=Hooks)
+    held_files: tuple[HeldFile, ...] = ()
 
     def to_json(self) -> bytes:
         """Canonical JSON: sorted keys, no white space, UTF-8."""
@@ -189,6 +206,8 @@ def _parse(document: Mapping[str, object]) -> CheckpointConfig:
         known[name] = tuple(str(item) for item in as_list(document.get(name), name))
     for name in ("criu_dump", "criu_why"):
         known[name] = {key: str(value) for key, value in as_object(document.get(name), name).items()}
+    held = as_list(document.get("held_files"), "held_files")
+    known["held_files"] = tuple(_record(HeldFile, item, "held_files[]") for item in held)
     known["gpu"] = _gpu(document["gpu"]) if document.get("gpu") else None
     known["hooks"] = _record(Hooks, document.get("hooks") or {}, "hooks")
     return CheckpointConfig(**known)  # type: ignore[arg-type]  # checked by name above, by value where it is used

@@ -39,7 +39,7 @@ from smr.images.store import Store
 from smr.proto.annotations import Tcp, check_reference
 from smr.proto.checkpoint import MOUNT_ANNOTATION, CheckpointConfig, Hooks, Host, LayerType, Source
 from smr.proto.errors import Code, SmrError
-from smr.shim import cgroups, criu, criu_why, inotify, network, preflight, procs
+from smr.shim import cgroups, criu, criu_why, inotify, network, preflight, procs, tmpfs
 from smr.shim.config import Config
 from smr.shim.criu import Criu
 from smr.shim.dump import flags_of, options, session_options
@@ -54,7 +54,6 @@ from smr.shim.restore import external_destinations
 from smr.shim.rootfs import OverlayMount, overlay_of
 from smr.shim.run import run
 
-_SHM = "/dev/shm"
 _NO_OVERLAY = (
     "the root {} is not an overlay: files that the container changed are not in the image, a restore needs them in place"
 )
@@ -261,20 +260,12 @@ def end_frozen(target: Target, thaw: Callable[[], None]) -> None:
 
 
 def _capture_files(target: Target, overlay: OverlayMount | None, folder: Path) -> None:
-    from smr.images.layer import diff_overlay, pack_tree
+    from smr.images.layer import diff_overlay
 
     exclude = [mount.destination for mount in target.spec.mounts]
     if overlay is not None:
         diff_overlay(overlay.upper, overlay.lowers, folder / "rootfs.tar", exclude=exclude)
-    shm = _external_shm(target)
-    if shm is not None:
-        pack_tree(shm, folder / "shm.tar")
-
-
-def _external_shm(target: Target) -> Path | None:
-    """The host's side of /dev/shm, where the engine made it; a tmpfs that the runtime mounts is CRIU's."""
-    sources = [Path(mount.source) for mount in target.spec.mounts if mount.destination == _SHM and mount.is_bind]
-    return sources[0] if sources and sources[0] != Path(_SHM) and sources[0].is_dir() else None
+    tmpfs.capture(target.spec, folder)
 
 
 def _add_layers(target: Target, ingest: Ingest, pages: Taken | None, *, compress: bool) -> None:
@@ -282,8 +273,8 @@ def _add_layers(target: Target, ingest: Ingest, pages: Taken | None, *, compress
     add_criu_layers(ingest.path / "criu", ingest, compress=compress, done=pages.land() if pages and not compress else None)
     if (ingest.path / "rootfs.tar").exists():
         ingest.add(ingest.path / "rootfs.tar", LayerType.ROOTFS)
-    if (ingest.path / "shm.tar").exists():
-        ingest.add(ingest.path / "shm.tar", LayerType.TMPFS, annotations={MOUNT_ANNOTATION: _SHM})
+    for destination, file in tmpfs.captured(ingest.path).items():
+        ingest.add(file, LayerType.TMPFS, annotations={MOUNT_ANNOTATION: destination})
     for name, content in target.engine_files.items():
         file = ingest.path / name
         file.write_bytes(content)
@@ -301,6 +292,8 @@ def _describe(
     target: Target, folder: Path, tool: Criu, tcp: Tcp, addresses: tuple[tuple[str, ...], tuple[str, ...]]
 ) -> CheckpointConfig:
     from smr.images.criu_files import tasks
+    from smr.images.held_files import held_files
+    from smr.shim.mounts import bound_paths
 
     return CheckpointConfig(
         created=datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -315,6 +308,7 @@ def _describe(
         ),
         spec=target.spec.document,
         external_mounts=external_destinations(target.spec.document),
+        held_files=held_files(folder, bound_paths(target.spec, target.rootfs, but=tmpfs.external(target.spec).keys())),
         tasks=tasks(folder),
         addresses=addresses[0],
         bound_addresses=addresses[1],

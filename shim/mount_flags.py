@@ -18,10 +18,8 @@ open for writing; then the restore is given up.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +28,9 @@ from smr.proto.annotations import Annotations
 from smr.proto.errors import Code, SmrError
 from smr.proto.oci import Mount, Spec, as_list, as_object
 from smr.shim import procs
+from smr.shim.mount_calls import in_mount_namespace, opened, set_attributes
 from smr.shim.mountinfo import unescape
 
-_CLONE_FS, _CLONE_NEWNS = 0x200, 0x20000
-_AT_EMPTY_PATH = 0x1000
-_MOUNT_SETATTR = 442  # on every architecture
 # As options and mountinfo write them, with MOUNT_ATTR_*.
 FLAGS: Mapping[str, int] = {"ro": 0x1, "nosuid": 0x2, "nodev": 0x4, "noexec": 0x8, "nosymfollow": 0x200000}
 _CGROUPS = ("cgroup", "cgroup2")
@@ -43,15 +39,6 @@ _OPPOSITE = {"rw": "ro", "suid": "nosuid", "dev": "nodev", "exec": "noexec", "sy
 _NO_FLAGS = frozenset({"bind", "rbind", "defaults", "remount", "idmap", "ridmap", "tmpcopyup"}) | {
     f"{deep}{kind}" for deep in ("", "r") for kind in ("private", "shared", "slave", "unbindable")
 }
-
-
-class _MountAttr(ctypes.Structure):
-    _fields_ = (
-        ("attr_set", ctypes.c_uint64),
-        ("attr_clr", ctypes.c_uint64),
-        ("propagation", ctypes.c_uint64),
-        ("userns_fd", ctypes.c_uint64),
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,51 +181,32 @@ def _in_common(mount: Mounted, rules: Iterable[Wanted]) -> frozenset[str]:
 
 def _in_namespace(namespace: str, rules: Sequence[Wanted], *, named: bool) -> None:
     """`named`: destinations of the rules are paths there."""
-    failure: list[SmrError | OSError] = []
-
-    def work() -> None:
-        try:
-            # /proc is the host's, and is not to be found by a path later.
-            with _opened("/proc/thread-self", os.O_PATH) as proc, _opened(namespace, os.O_RDONLY) as target:
-                libc = ctypes.CDLL(None, use_errno=True)
-                if libc.unshare(_CLONE_FS) != 0 or libc.setns(target, _CLONE_NEWNS) != 0:
-                    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-                _apply(proc, rules, libc, named=named)
-        except (SmrError, OSError) as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=work, name="smr-mount-flags")
-    thread.start()
-    thread.join()
-    for error in failure:
-        if isinstance(error, SmrError):
-            raise error
+    try:
+        in_mount_namespace(namespace, lambda proc: _apply(proc, rules, named=named))
+    except OSError as error:
         raise SmrError(f"the mounts of the restored container cannot be looked at: {error}", code=Code.MOUNT_MISMATCH) from error
 
 
-def _apply(proc: int, rules: Sequence[Wanted], libc: ctypes.CDLL, *, named: bool) -> None:
+def _apply(proc: int, rules: Sequence[Wanted], *, named: bool) -> None:
     mounts = _mounted(_read("mountinfo", proc))
     at: dict[int, Wanted] = {}
     for rule in rules if named else ():
-        with contextlib.suppress(OSError), _opened(rule.destination, os.O_PATH) as fd:
+        with contextlib.suppress(OSError), opened(rule.destination, os.O_PATH) as fd:
             number, path = _mount_id(fd, proc), os.readlink(f"fd/{fd}", dir_fd=proc)
             if number in mounts and mounts[number].point == path:
                 at[number] = Wanted(destination=path, on=rule.on, off=rule.off, deep=rule.deep, source=rule.source)
     for mount, on, off in list(changes(mounts, at, rules)):
         for part in ((on, frozenset[str]()), (frozenset[str](), off)):
             if any(part):
-                _change(mount, *part, proc, libc)
+                _change(mount, *part, proc)
 
 
-def _change(mount: Mounted, on: frozenset[str], off: frozenset[str], proc: int, libc: ctypes.CDLL) -> None:
+def _change(mount: Mounted, on: frozenset[str], off: frozenset[str], proc: int) -> None:
     try:
-        with _opened(mount.point, os.O_PATH) as fd:
+        with opened(mount.point, os.O_PATH) as fd:
             if _mount_id(fd, proc) != mount.id:
                 raise OSError(errno.EXDEV, "another mount lies over it")
-            attributes = _MountAttr(attr_set=_bits(on), attr_clr=_bits(off))
-            size = ctypes.c_size_t(ctypes.sizeof(attributes))
-            if libc.syscall(_MOUNT_SETATTR, fd, b"", _AT_EMPTY_PATH, ctypes.byref(attributes), size) != 0:
-                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+            set_attributes(fd, on=_bits(on), off=_bits(off))
     except OSError as error:
         if not on and "ro" not in off:
             return  # more than the spec asks for: a user namespace's mounts keep such flags, and runc leaves them too
@@ -281,15 +249,6 @@ def _mount_id(fd: int, proc: int | None = None) -> int:
 def _read(path: str, folder: int | None) -> str:
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder), errors="surrogateescape") as file:
         return file.read()
-
-
-@contextlib.contextmanager
-def _opened(path: str, flags: int) -> Iterator[int]:
-    fd = os.open(path, flags | os.O_CLOEXEC)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def _bits(names: Iterable[str]) -> int:

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from smr.proto.annotations import Annotations, Check
 from smr.proto.checkpoint import CheckpointConfig
 from smr.proto.errors import Code, SmrError
 from smr.proto.oci import Spec, parse_spec
+from smr.shim import mounts
 
 # A library that found one of these at its start goes on using it after a restore (glibc's ifuncs, oneDNN, OpenBLAS).
 _CPU_PREFIXES = ("avx", "amx", "sse", "ssse", "fma", "f16c", "bmi", "popcnt", "movbe", "adx", "sha_ni", "vaes", "gfni", "aes")
@@ -29,7 +30,7 @@ def compare(config: CheckpointConfig, spec: Spec, annotations: Annotations) -> N
     if annotations.command is Check.CHECK:
         check_command(old, spec)
     check_namespaces(old, spec)
-    check_mounts(config, spec, annotations)
+    mounts.check(config, spec, annotations)
 
 
 def check_host(config: CheckpointConfig) -> None:
@@ -81,45 +82,6 @@ def check_namespaces(old: Spec, new: Spec) -> None:
                 hint=_namespace_hint(kind, before),
                 code=Code.NAMESPACE_MISMATCH,
             )
-
-
-def check_mounts(config: CheckpointConfig, spec: Spec, annotations: Annotations) -> None:
-    """Every mount CRIU expects from outside must be there, and none that the checkpoint did not have.
-
-    A GPU's devices and its driver's files are the node's, not the user's: what is missing of them is found elsewhere on the node
-    (smr.shim.gpu.device_mounts), and what is more does no harm.
-    """
-    of_node = _node_mounts(config)
-    given = {mount.destination for mount in spec.mounts if mount.is_bind} | set(annotations.mounts)
-    for destination in config.external_mounts:
-        if destination not in given and not of_node(destination):
-            raise SmrError(
-                f"mount {destination} of the checkpoint is missing in this container",
-                hint=f"add -v SOURCE:{destination}, or smr.mount.{destination}=SOURCE",
-                code=Code.MOUNT_MISMATCH,
-                mount=destination,
-            )
-    extra = sorted(one for one in given - set(config.external_mounts) if not of_node(one))
-    if extra:
-        raise SmrError(
-            f"mount {extra[0]} is not in the checkpoint, and a restored process cannot be given a new one",
-            hint=f"leave it out, or checkpoint a container that has {extra[0]}",
-            code=Code.MOUNT_MISMATCH,
-            mount=extra[0],
-        )
-    for destination, source in annotations.mounts.items():
-        if not Path(source).exists():
-            raise SmrError(
-                f"smr.mount.{destination}: {source} does not exist on this node", code=Code.MOUNT_MISMATCH, mount=destination
-            )
-
-
-def _node_mounts(config: CheckpointConfig) -> Callable[[str], bool]:
-    if config.gpu is None:
-        return lambda _: False
-    from smr.shim.gpu.device_mounts import is_device_mount
-
-    return is_device_mount
 
 
 def check_source(config: CheckpointConfig, image: str, digest: str) -> None:

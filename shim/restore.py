@@ -29,12 +29,25 @@ from typing import TYPE_CHECKING
 from smr.images.image import Image
 from smr.images.store import Store
 from smr.proto.annotations import Annotations, Check
-from smr.proto.checkpoint import MOUNT_ANNOTATION, CheckpointConfig, LayerType
+from smr.proto.checkpoint import CheckpointConfig, LayerType
 from smr.proto.errors import Code, SmrError
+from smr.proto.mount_list import clean
 from smr.proto.oci import Mount, Spec, parse_spec
-from smr.shim import criu, engines, mount_flags, mountinfo, namespaces, pages, preflight
+from smr.shim import (
+    criu,
+    engines,
+    extra_mounts,
+    mount_flags,
+    mount_points,
+    mountinfo,
+    mounts,
+    namespaces,
+    pages,
+    preflight,
+    tmpfs,
+)
 from smr.shim.config import Config
-from smr.shim.files import drop_tree, remove_tree, write_atomic
+from smr.shim.files import drop_tree, write_atomic
 from smr.shim.oci_args import RuntimeCall
 from smr.shim.pages import Delivery
 from smr.shim.resume import write_marker
@@ -70,7 +83,7 @@ def restore(call: RuntimeCall, spec: Spec, annotations: Annotations, config: Con
         gpu = stack.enter_context(revival(image.config, spec, annotations, config, state))
         with state.stage("rootfs"):
             apply_rootfs(state, image)
-            fill_tmpfs(state, image, spec, annotations)
+            tmpfs.fill(state, image, spec, annotations)
         with state.stage("rewrite"):
             stack.enter_context(criu_folder(state))
             rewrite(state, image, spec, annotations, delivery)
@@ -81,7 +94,7 @@ def restore(call: RuntimeCall, spec: Spec, annotations: Annotations, config: Con
             run_restore(call, image, annotations, delivery.options | externals, tool, state)
             note_pid(call, state)
         state.save()
-        mount_flags.keep_to_spec(state.record.pid, spec, state.record.rootfs, annotations)
+        fit_mounts(state, image, spec, annotations)
         if gpu is not None:
             _judge(state, image, source, annotations)  # what is wrong anyway need not reach a GPU
             with state.stage("gpu_devices"):
@@ -113,6 +126,13 @@ def revival(
 
     with revive.begin(image, spec, annotations, config, state.stage) as found:
         yield found
+
+
+def fit_mounts(state: ContainerState, image: Image, spec: Spec, annotations: Annotations) -> None:
+    """The stopped tree gets the mounts that its new spec has and the image has not, then all mounts their flags."""
+    pid, rootfs = state.record.pid, state.record.rootfs
+    state.record.warnings += extra_mounts.give(pid, spec, rootfs, annotations, left_out=mounts.of_node(image.config))
+    mount_flags.keep_to_spec(pid, spec, rootfs, annotations)
 
 
 def tell(state: ContainerState, image: Image, spec: Spec) -> None:
@@ -187,28 +207,6 @@ def apply_rootfs(state: ContainerState, image: Image) -> None:
         apply_layer(layer.path, Path(state.record.rootfs), state.undo_dir)
 
 
-def fill_tmpfs(state: ContainerState, image: Image, spec: Spec, annotations: Annotations) -> None:
-    """Put the contents of external tmpfs mounts (/dev/shm) back into the new container's, which the engine made empty."""
-    from smr.images.layer import unpack_tree
-
-    sources = {mount.destination: mount.source for mount in spec.mounts if mount.is_bind} | dict(annotations.mounts)
-    for layer in image.layers_of(LayerType.TMPFS):
-        destination = layer.annotations.get(MOUNT_ANNOTATION, "")
-        source = Path(sources.get(destination, ""))
-        own = state.record.id in source.parts
-        if own and source.is_dir():
-            remove_tree(source, keep_root=True)  # podman keeps it when it starts a container again
-        if not destination or destination not in sources or not source.is_dir() or any(source.iterdir()):
-            raise SmrError(
-                f"the checkpoint has contents for {destination or 'a mount without a name'}: needed an empty directory there",
-                hint=f"give the container its own {destination}",
-                code=Code.MOUNT_MISMATCH,
-            )
-        state.record.undo_tmpfs += (str(source),)
-        state.save()
-        unpack_tree(layer.path, source)
-
-
 @contextlib.contextmanager
 def criu_folder(state: ContainerState) -> Iterator[None]:
     """CRIU's directory of this restore, new; kept open, which tells `smr gc` that it is in use."""
@@ -227,6 +225,7 @@ def rewrite(state: ContainerState, image: Image, spec: Spec, annotations: Annota
     image.materialize(state.criu_dir)
     state.work_dir.mkdir(mode=0o700)
     delivery.prepare(state.criu_dir, state.work_dir)
+    mount_points.prepare(image.config, spec, annotations, state.record.rootfs)
     if annotations.mounts:
         _add_mounts(state, spec, annotations)
     if image.config.bound_addresses:
@@ -251,7 +250,7 @@ def _add_mounts(state: ContainerState, spec: Spec, annotations: Annotations) -> 
     shutil.copyfile(path, state.spec_backup)
     state.record.undo_spec = True
     state.save()
-    kept = [entry for entry in _raw_mounts(spec) if entry.get("destination") not in annotations.mounts]
+    kept = [entry for entry in _raw_mounts(spec) if clean(str(entry.get("destination", ""))) not in annotations.mounts]
     added = [
         {"destination": destination, "type": "bind", "source": source, "options": ["rbind"]}
         for destination, source in annotations.mounts.items()

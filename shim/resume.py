@@ -45,8 +45,9 @@ def _started(state: ContainerState) -> None:
     state.record.status = Status.RESTORED
     drop_tree(state.criu_dir)
     drop_tree(state.undo_dir)
+    drop_tree(state.path / "undo-tmpfs")
     state.record.undo_rootfs = False
-    state.record.undo_tmpfs = ()
+    state.record.undo_tmpfs = state.record.undo_merged = ()
     state.save()
 
 

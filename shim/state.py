@@ -5,6 +5,7 @@
         created                 present between create and start: the tree is restored and stopped
         work/                   CRIU's log and configuration
         undo/                   what the root filesystem was before the checkpoint's layer was applied
+        undo-tmpfs/             the same of each shared memory that had contents already
         lock                    flock: held by whoever works on this container
     RUN/containers/ROOT/ID~PID  being made or being removed by process PID: the directory above comes and goes by a rename
 
@@ -99,6 +100,7 @@ class Record:
     stopped_pids: tuple[int, ...] = ()
     undo_rootfs: bool = False
     undo_tmpfs: tuple[str, ...] = ()
+    undo_merged: tuple[str, ...] = ()
     undo_spec: bool = False
     undo_told: bool = False
 
@@ -140,6 +142,10 @@ class ContainerState:
     def undo_dir(self) -> Path:
         """Journal of the root filesystem's layer."""
         return self.path / "undo"
+
+    def merged_dir(self, number: int) -> Path:
+        """Journal of the layer that was put onto the folder `undo_merged[number]` of the record."""
+        return self.path / "undo-tmpfs" / str(number)
 
     @property
     def created_marker(self) -> Path:

@@ -150,9 +150,16 @@ def _undo_rootfs(state: ContainerState) -> None:
 
 
 def _undo_tmpfs(state: ContainerState) -> None:
-    """They were empty before, or the restore had not touched them."""
+    """They were empty before, or the restore had not touched them; others have a journal."""
     for folder in state.record.undo_tmpfs:
         remove_tree(Path(folder), keep_root=True)
+    if state.record.undo_merged:
+        from smr.images.layer import undo_from
+
+        for number, merged in enumerate(state.record.undo_merged):
+            undo_from(state.merged_dir(number), Path(merged))
+        state.record.undo_merged = ()
+        state.save()
 
 
 def _undo_spec(state: ContainerState) -> None:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0cimages.proto\x12\x08smr.criu\"9\n\x0bPstreeEntry\x12\x0b\n\x03pid\x18\x01 \x02(\r\x12\x0c\n\x04ppid\x18\x02 \x02(\r\x12\x0f\n\x07threads\x18\x05 \x03(\r\"1\n\rTaskCoreEntry\x12\x12\n\ntask_state\x18\x01 \x02(\r\x12\x0c\n\x04\x63omm\x18\x06 \x02(\t\"<\n\tRseqEntry\x12\x18\n\x10rseq_abi_pointer\x18\x01 \x02(\x04\x12\x15\n\rrseq_abi_size\x18\x02 \x02(\r\":\n\x0fThreadCoreEntry\x12\'\n\nrseq_entry\x18\x0f \x01(\x0b\x32\x13.smr.criu.RseqEntry\"$\n\nThreadInfo\x12\x16\n\x0e\x63lear_tid_addr\x18\x01 \x02(\x04\"\xb5\x01\n\tCoreEntry\x12)\n\x0bthread_info\x18\x02 \x01(\x0b\x32\x14.smr.criu.ThreadInfo\x12#\n\x02tc\x18\x03 \x01(\x0b\x32\x17.smr.criu.TaskCoreEntry\x12.\n\x0bthread_core\x18\x05 \x01(\x0b\x32\x19.smr.criu.ThreadCoreEntry\x12(\n\nti_aarch64\x18\x08 \x01(\x0b\x32\x14.smr.criu.ThreadInfo\"a\n\x08VmaEntry\x12\r\n\x05start\x18\x01 \x02(\x04\x12\x0b\n\x03\x65nd\x18\x02 \x02(\x04\x12\x0c\n\x04prot\x18\x05 \x02(\r\x12\r\n\x05\x66lags\x18\x06 \x02(\r\x12\x0e\n\x06status\x18\x07 \x02(\r\x12\x0c\n\x04madv\x18\t \x01(\x04\"A\n\x07MmEntry\x12 \n\x04vmas\x18\x0e \x03(\x0b\x32\x12.smr.criu.VmaEntry\x12\x14\n\x0cthp_disabled\x18\x11 \x01(\x08\"\x1f\n\x0bPagemapHead\x12\x10\n\x08pages_id\x18\x01 \x02(\r\"j\n\x0cPagemapEntry\x12\r\n\x05vaddr\x18\x01 \x02(\x04\x12\x17\n\x0f\x63ompat_nr_pages\x18\x02 \x02(\r\x12\x11\n\tin_parent\x18\x03 \x01(\x08\x12\r\n\x05\x66lags\x18\x04 \x01(\r\x12\x10\n\x08nr_pages\x18\x05 \x01(\x04\"\x9d\x01\n\x0bInetSkEntry\x12\n\n\x02id\x18\x01 \x02(\r\x12\x0e\n\x06\x66\x61mily\x18\x03 \x02(\r\x12\x0c\n\x04type\x18\x04 \x02(\r\x12\r\n\x05proto\x18\x05 \x02(\r\x12\r\n\x05state\x18\x06 \x02(\r\x12\x10\n\x08src_port\x18\x07 \x02(\r\x12\x10\n\x08\x64st_port\x18\x08 \x02(\r\x12\x10\n\x08src_addr\x18\x0b \x03(\r\x12\x10\n\x08\x64st_addr\x18\x0c \x03(\r\"I\n\tFileEntry\x12\x0c\n\x04type\x18\x01 \x02(\r\x12\n\n\x02id\x18\x02 \x02(\r\x12\"\n\x03isk\x18\x04 \x01(\x0b\x32\x15.smr.criu.InetSkEntry\"#\n\x0eInventoryEntry\x12\x11\n\ttcp_close\x18\n \x01(\x08')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0cimages.proto\x12\x08smr.criu\"9\n\x0bPstreeEntry\x12\x0b\n\x03pid\x18\x01 \x02(\r\x12\x0c\n\x04ppid\x18\x02 \x02(\r\x12\x0f\n\x07threads\x18\x05 \x03(\r\"1\n\rTaskCoreEntry\x12\x12\n\ntask_state\x18\x01 \x02(\r\x12\x0c\n\x04\x63omm\x18\x06 \x02(\t\"<\n\tRseqEntry\x12\x18\n\x10rseq_abi_pointer\x18\x01 \x02(\x04\x12\x15\n\rrseq_abi_size\x18\x02 \x02(\r\":\n\x0fThreadCoreEntry\x12\'\n\nrseq_entry\x18\x0f \x01(\x0b\x32\x13.smr.criu.RseqEntry\"$\n\nThreadInfo\x12\x16\n\x0e\x63lear_tid_addr\x18\x01 \x02(\x04\"\xb5\x01\n\tCoreEntry\x12)\n\x0bthread_info\x18\x02 \x01(\x0b\x32\x14.smr.criu.ThreadInfo\x12#\n\x02tc\x18\x03 \x01(\x0b\x32\x17.smr.criu.TaskCoreEntry\x12.\n\x0bthread_core\x18\x05 \x01(\x0b\x32\x19.smr.criu.ThreadCoreEntry\x12(\n\nti_aarch64\x18\x08 \x01(\x0b\x32\x14.smr.criu.ThreadInfo\"p\n\x08VmaEntry\x12\r\n\x05start\x18\x01 \x02(\x04\x12\x0b\n\x03\x65nd\x18\x02 \x02(\x04\x12\r\n\x05shmid\x18\x04 \x01(\x04\x12\x0c\n\x04prot\x18\x05 \x02(\r\x12\r\n\x05\x66lags\x18\x06 \x02(\r\x12\x0e\n\x06status\x18\x07 \x02(\r\x12\x0c\n\x04madv\x18\t \x01(\x04\"V\n\x07MmEntry\x12\x13\n\x0b\x65xe_file_id\x18\x0c \x01(\r\x12 \n\x04vmas\x18\x0e \x03(\x0b\x32\x12.smr.criu.VmaEntry\x12\x14\n\x0cthp_disabled\x18\x11 \x01(\x08\"\x1f\n\x0bPagemapHead\x12\x10\n\x08pages_id\x18\x01 \x02(\r\"j\n\x0cPagemapEntry\x12\r\n\x05vaddr\x18\x01 \x02(\x04\x12\x17\n\x0f\x63ompat_nr_pages\x18\x02 \x02(\r\x12\x11\n\tin_parent\x18\x03 \x01(\x08\x12\r\n\x05\x66lags\x18\x04 \x01(\r\x12\x10\n\x08nr_pages\x18\x05 \x01(\x04\"\x9d\x01\n\x0bInetSkEntry\x12\n\n\x02id\x18\x01 \x02(\r\x12\x0e\n\x06\x66\x61mily\x18\x03 \x02(\r\x12\x0c\n\x04type\x18\x04 \x02(\r\x12\r\n\x05proto\x18\x05 \x02(\r\x12\r\n\x05state\x18\x06 \x02(\r\x12\x10\n\x08src_port\x18\x07 \x02(\r\x12\x10\n\x08\x64st_port\x18\x08 \x02(\r\x12\x10\n\x08src_addr\x18\x0b \x03(\r\x12\x10\n\x08\x64st_addr\x18\x0c \x03(\r\"g\n\x0cRegFileEntry\x12\n\n\x02id\x18\x01 \x02(\r\x12\r\n\x05\x66lags\x18\x02 \x02(\r\x12\x0c\n\x04name\x18\x06 \x02(\t\x12\x12\n\x06mnt_id\x18\x07 \x01(\x11:\x02-1\x12\x0c\n\x04size\x18\x08 \x01(\x04\x12\x0c\n\x04mode\x18\n \x01(\r\"n\n\tFileEntry\x12\x0c\n\x04type\x18\x01 \x02(\r\x12\n\n\x02id\x18\x02 \x02(\r\x12#\n\x03reg\x18\x03 \x01(\x0b\x32\x16.smr.criu.RegFileEntry\x12\"\n\x03isk\x18\x04 \x01(\x0b\x32\x15.smr.criu.InetSkEntry\"3\n\x0b\x46\x64infoEntry\x12\n\n\x02id\x18\x01 \x02(\r\x12\x0c\n\x04type\x18\x03 \x02(\r\x12\n\n\x02\x66\x64\x18\x04 \x02(\r\"*\n\x07\x46sEntry\x12\x0e\n\x06\x63wd_id\x18\x01 \x02(\r\x12\x0f\n\x07root_id\x18\x02 \x02(\r\"$\n\x10TaskKobjIdsEntry\x12\x10\n\x08\x66iles_id\x18\x02 \x02(\r\"%\n\x12RemapFilePathEntry\x12\x0f\n\x07orig_id\x18\x01 \x02(\r\"?\n\x08MntEntry\x12\x0e\n\x06mnt_id\x18\x02 \x02(\r\x12\x12\n\nmountpoint\x18\x07 \x02(\t\x12\x0f\n\x07\x65xt_key\x18\x12 \x01(\t\"#\n\x0eInventoryEntry\x12\x11\n\ttcp_close\x18\n \x01(\x08')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,17 +44,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_COREENTRY']._serialized_start=297
   _globals['_COREENTRY']._serialized_end=478
   _globals['_VMAENTRY']._serialized_start=480
-  _globals['_VMAENTRY']._serialized_end=577
-  _globals['_MMENTRY']._serialized_start=579
-  _globals['_MMENTRY']._serialized_end=644
-  _globals['_PAGEMAPHEAD']._serialized_start=646
-  _globals['_PAGEMAPHEAD']._serialized_end=677
-  _globals['_PAGEMAPENTRY']._serialized_start=679
-  _globals['_PAGEMAPENTRY']._serialized_end=785
-  _globals['_INETSKENTRY']._serialized_start=788
-  _globals['_INETSKENTRY']._serialized_end=945
-  _globals['_FILEENTRY']._serialized_start=947
-  _globals['_FILEENTRY']._serialized_end=1020
-  _globals['_INVENTORYENTRY']._serialized_start=1022
-  _globals['_INVENTORYENTRY']._serialized_end=1057
+  _globals['_VMAENTRY']._serialized_end=592
+  _globals['_MMENTRY']._serialized_start=594
+  _globals['_MMENTRY']._serialized_end=680
+  _globals['_PAGEMAPHEAD']._serialized_start=682
+  _globals['_PAGEMAPHEAD']._serialized_end=713
+  _globals['_PAGEMAPENTRY']._serialized_start=715
+  _globals['_PAGEMAPENTRY']._serialized_end=821
+  _globals['_INETSKENTRY']._serialized_start=824
+  _globals['_INETSKENTRY']._serialized_end=981
+  _globals['_REGFILEENTRY']._serialized_start=983
+  _globals['_REGFILEENTRY']._serialized_end=1086
+  _globals['_FILEENTRY']._serialized_start=1088
+  _globals['_FILEENTRY']._serialized_end=1198
+  _globals['_FDINFOENTRY']._serialized_start=1200
+  _globals['_FDINFOENTRY']._serialized_end=1251
+  _globals['_FSENTRY']._serialized_start=1253
+  _globals['_FSENTRY']._serialized_end=1295
+  _globals['_TASKKOBJIDSENTRY']._serialized_start=1297
+  _globals['_TASKKOBJIDSENTRY']._serialized_end=1333
+  _globals['_REMAPFILEPATHENTRY']._serialized_start=1335
+  _globals['_REMAPFILEPATHENTRY']._serialized_end=1372
+  _globals['_MNTENTRY']._serialized_start=1374
+  _globals['_MNTENTRY']._serialized_end=1437
+  _globals['_INVENTORYENTRY']._serialized_start=1439
+  _globals['_INVENTORYENTRY']._serialized_end=1474
 # @@protoc_insertion_point(module_scope)

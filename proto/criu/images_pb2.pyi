@@ -57,28 +57,32 @@ class CoreEntry(_message.Message):
     def __init__(self, thread_info: _Optional[_Union[ThreadInfo, _Mapping]] = ..., tc: _Optional[_Union[TaskCoreEntry, _Mapping]] = ..., thread_core: _Optional[_Union[ThreadCoreEntry, _Mapping]] = ..., ti_aarch64: _Optional[_Union[ThreadInfo, _Mapping]] = ...) -> None: ...
 
 class VmaEntry(_message.Message):
-    __slots__ = ("start", "end", "prot", "flags", "status", "madv")
+    __slots__ = ("start", "end", "shmid", "prot", "flags", "status", "madv")
     START_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
+    SHMID_FIELD_NUMBER: _ClassVar[int]
     PROT_FIELD_NUMBER: _ClassVar[int]
     FLAGS_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     MADV_FIELD_NUMBER: _ClassVar[int]
     start: int
     end: int
+    shmid: int
     prot: int
     flags: int
     status: int
     madv: int
-    def __init__(self, start: _Optional[int] = ..., end: _Optional[int] = ..., prot: _Optional[int] = ..., flags: _Optional[int] = ..., status: _Optional[int] = ..., madv: _Optional[int] = ...) -> None: ...
+    def __init__(self, start: _Optional[int] = ..., end: _Optional[int] = ..., shmid: _Optional[int] = ..., prot: _Optional[int] = ..., flags: _Optional[int] = ..., status: _Optional[int] = ..., madv: _Optional[int] = ...) -> None: ...
 
 class MmEntry(_message.Message):
-    __slots__ = ("vmas", "thp_disabled")
+    __slots__ = ("exe_file_id", "vmas", "thp_disabled")
+    EXE_FILE_ID_FIELD_NUMBER: _ClassVar[int]
     VMAS_FIELD_NUMBER: _ClassVar[int]
     THP_DISABLED_FIELD_NUMBER: _ClassVar[int]
+    exe_file_id: int
     vmas: _containers.RepeatedCompositeFieldContainer[VmaEntry]
     thp_disabled: bool
-    def __init__(self, vmas: _Optional[_Iterable[_Union[VmaEntry, _Mapping]]] = ..., thp_disabled: _Optional[bool] = ...) -> None: ...
+    def __init__(self, exe_file_id: _Optional[int] = ..., vmas: _Optional[_Iterable[_Union[VmaEntry, _Mapping]]] = ..., thp_disabled: _Optional[bool] = ...) -> None: ...
 
 class PagemapHead(_message.Message):
     __slots__ = ("pages_id",)
@@ -122,15 +126,73 @@ class InetSkEntry(_message.Message):
     dst_addr: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, id: _Optional[int] = ..., family: _Optional[int] = ..., type: _Optional[int] = ..., proto: _Optional[int] = ..., state: _Optional[int] = ..., src_port: _Optional[int] = ..., dst_port: _Optional[int] = ..., src_addr: _Optional[_Iterable[int]] = ..., dst_addr: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class RegFileEntry(_message.Message):
+    __slots__ = ("id", "flags", "name", "mnt_id", "size", "mode")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    FLAGS_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    MNT_ID_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    flags: int
+    name: str
+    mnt_id: int
+    size: int
+    mode: int
+    def __init__(self, id: _Optional[int] = ..., flags: _Optional[int] = ..., name: _Optional[str] = ..., mnt_id: _Optional[int] = ..., size: _Optional[int] = ..., mode: _Optional[int] = ...) -> None: ...
+
 class FileEntry(_message.Message):
-    __slots__ = ("type", "id", "isk")
+    __slots__ = ("type", "id", "reg", "isk")
     TYPE_FIELD_NUMBER: _ClassVar[int]
     ID_FIELD_NUMBER: _ClassVar[int]
+    REG_FIELD_NUMBER: _ClassVar[int]
     ISK_FIELD_NUMBER: _ClassVar[int]
     type: int
     id: int
+    reg: RegFileEntry
     isk: InetSkEntry
-    def __init__(self, type: _Optional[int] = ..., id: _Optional[int] = ..., isk: _Optional[_Union[InetSkEntry, _Mapping]] = ...) -> None: ...
+    def __init__(self, type: _Optional[int] = ..., id: _Optional[int] = ..., reg: _Optional[_Union[RegFileEntry, _Mapping]] = ..., isk: _Optional[_Union[InetSkEntry, _Mapping]] = ...) -> None: ...
+
+class FdinfoEntry(_message.Message):
+    __slots__ = ("id", "type", "fd")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    TYPE_FIELD_NUMBER: _ClassVar[int]
+    FD_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    type: int
+    fd: int
+    def __init__(self, id: _Optional[int] = ..., type: _Optional[int] = ..., fd: _Optional[int] = ...) -> None: ...
+
+class FsEntry(_message.Message):
+    __slots__ = ("cwd_id", "root_id")
+    CWD_ID_FIELD_NUMBER: _ClassVar[int]
+    ROOT_ID_FIELD_NUMBER: _ClassVar[int]
+    cwd_id: int
+    root_id: int
+    def __init__(self, cwd_id: _Optional[int] = ..., root_id: _Optional[int] = ...) -> None: ...
+
+class TaskKobjIdsEntry(_message.Message):
+    __slots__ = ("files_id",)
+    FILES_ID_FIELD_NUMBER: _ClassVar[int]
+    files_id: int
+    def __init__(self, files_id: _Optional[int] = ...) -> None: ...
+
+class RemapFilePathEntry(_message.Message):
+    __slots__ = ("orig_id",)
+    ORIG_ID_FIELD_NUMBER: _ClassVar[int]
+    orig_id: int
+    def __init__(self, orig_id: _Optional[int] = ...) -> None: ...
+
+class MntEntry(_message.Message):
+    __slots__ = ("mnt_id", "mountpoint", "ext_key")
+    MNT_ID_FIELD_NUMBER: _ClassVar[int]
+    MOUNTPOINT_FIELD_NUMBER: _ClassVar[int]
+    EXT_KEY_FIELD_NUMBER: _ClassVar[int]
+    mnt_id: int
+    mountpoint: str
+    ext_key: str
+    def __init__(self, mnt_id: _Optional[int] = ..., mountpoint: _Optional[str] = ..., ext_key: _Optional[str] = ...) -> None: ...
 
 class InventoryEntry(_message.Message):
     __slots__ = ("tcp_close",)

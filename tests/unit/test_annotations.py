@@ -154,6 +154,34 @@ def test_what_is_no_reference(reference: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ("/data=/srv/data", {"/data": "/srv/data"}),
+        (" /data = /srv/data , /m=/mnt/models,", {"/data": "/srv/data", "/m": "/mnt/models"}),
+        ("/data//in/=/srv/a=b", {"/data/in": "/srv/a=b"}),
+        (r"/a\,b=/srv/c\,d,/e\=f=/srv/\\", {"/a,b": "/srv/c,d", "/e=f": "/srv/\\"}),
+        ("", {}),
+    ],
+)
+def test_a_list_of_mounts(value: str, found: dict[str, str]) -> None:
+    """DEST=SOURCE, with commas between; a backslash takes the meaning from a comma or an equal sign."""
+    parsed = parse({"smr.restore": "a", "smr.mounts": value, "smr.mount./own": "/srv"})
+    assert parsed is not None
+    assert parsed.mounts == {"/own": "/srv", **found}
+
+
+@pytest.mark.parametrize(
+    "value", ["/data", "data=/srv", "/data=srv", "/data=", "=/srv", "/=/srv", "/../x=/srv", "/a=/b,/a/=/c", "/own/=/srv"]
+)
+def test_a_bad_list_of_mounts(value: str) -> None:
+    """What is not understood is shown."""
+    error = failure({"smr.restore": "a", "smr.mounts": value, "smr.mount./own": "/srv"})
+    assert error.code is Code.ANNOTATION_INVALID
+    assert "smr.mounts" in error.message
+    assert "smr.mounts=/data=" in error.hint or "once" in error.hint
+
+
+@pytest.mark.parametrize(
     ("key", "value"), [("smr.mount.data", "/srv"), ("smr.mount.", "/srv"), ("smr.mount./data", "srv"), ("smr.mount./data", "")]
 )
 def test_mounts_are_absolute_on_both_sides(key: str, value: str) -> None:

@@ -15,6 +15,7 @@ from smr.proto.checkpoint import (
     CudaTask,
     Gpu,
     GpuState,
+    HeldFile,
     Hooks,
     Host,
     Source,
@@ -56,6 +57,7 @@ CONFIG = CheckpointConfig(
         tasks=(CudaTask(pid=7, vram_bytes={"GPU-1f79de5c": 8 << 30}, areas=((1 << 40, 1 << 41),)),),
     ),
     hooks=Hooks(quiesce="vllm", resume="vllm", timeout_s=30.0),
+    held_files=(HeldFile(mount="/data", path="log", mode=0o100644, size_bytes=7, writable=True, holder="serve (pid 1)"),),
 )
 
 

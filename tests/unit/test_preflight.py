@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from smr.proto.annotations import Annotations, Check
-from smr.proto.checkpoint import CheckpointConfig, Host, Source
+from smr.proto.checkpoint import CheckpointConfig, HeldFile, Host, Source
 from smr.proto.errors import Code, SmrError
 from smr.proto.oci import Spec, parse_spec
 from smr.shim import preflight
@@ -33,7 +34,7 @@ def spec(
 ) -> dict[str, object]:
     """A container's spec; `namespaces` maps a kind to the path of a namespace that the engine made."""
     kinds = {"pid": "", "network": "/run/netns/n", "mount": ""} if namespaces is None else namespaces
-    binds = [{"destination": at, "type": "bind", "source": "/srv", "options": ["rbind"]} for at in mounts]
+    binds = [{"destination": at, "type": "bind", "source": "/tmp", "options": ["rbind"]} for at in mounts]
     return {
         "process": {"args": list(args), "terminal": terminal},
         "mounts": [{"destination": "/proc", "type": "proc"}, *binds],
@@ -143,7 +144,7 @@ def test_missing_mount() -> None:
     assert error.code is Code.MOUNT_MISMATCH
     assert "/data of the checkpoint is missing" in error.message
     assert "-v SOURCE:/data" in error.hint
-    assert "smr.mount./data=SOURCE" in error.hint
+    assert "smr.mounts=/data=SOURCE" in error.hint
 
 
 def test_mount_by_annotation(tmp_path: Path) -> None:
@@ -156,10 +157,119 @@ def test_mount_by_annotation(tmp_path: Path) -> None:
 
 
 def test_mount_that_the_checkpoint_does_not_have() -> None:
-    """A restored process cannot be given a new one."""
-    error = failure(spec(mounts=("/data", "/models")))
+    """It is no obstacle: the restored container is given it."""
+    compare(spec(mounts=("/data", "/models")))
+
+
+@pytest.mark.parametrize("trailing", ["/data/", "//data", "/data/."])
+def test_other_ways_to_write_a_destination(trailing: str) -> None:
+    """Runtimes clean a path, so it is the same mount."""
+    compare(spec(mounts=(trailing,)))
+
+
+@pytest.mark.parametrize(("before", "now"), [("bind", "tmpfs"), ("tmpfs", "bind")])
+def test_another_kind_of_mount(before: str, now: str) -> None:
+    """A tmpfs is in the image and a bind mount is not: one does not do for the other."""
+    old, new = spec(mounts=()), spec(mounts=())
+    for document, kind in ((old, before), (new, now)):
+        mounts = document["mounts"]
+        assert isinstance(mounts, list)
+        mounts.append({"destination": "/data", "type": kind, "source": "/tmp"})
+    external = ("/data",) if before == "bind" else ()
+    error = failure(new, replace(CONFIG, spec=old, external_mounts=external))
     assert error.code is Code.MOUNT_MISMATCH
-    assert "/models is not in the checkpoint" in error.message
+    assert "/data is a" in error.message
+    assert now in error.message
+    assert before in error.message
+
+
+def test_a_source_that_is_not_there(tmp_path: Path) -> None:
+    """It is named before the runtime trips over it."""
+    new = spec()
+    mounts = new["mounts"]
+    assert isinstance(mounts, list)
+    mounts[-1]["source"] = str(tmp_path / "gone")
+    error = failure(new)
+    assert error.code is Code.MOUNT_MISMATCH
+    assert f"its source {tmp_path}/gone does not exist" in error.message
+    assert "smr.mounts=/data=" in error.hint
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_a_mount_that_maps_ids(old: bool) -> None:
+    """CRIU would bring it back without its map."""
+    mapped = spec()
+    mounts = mapped["mounts"]
+    assert isinstance(mounts, list)
+    mounts[-1]["options"] = ["rbind", "idmap"]
+    error = failure(spec() if old else mapped, replace(CONFIG, spec=mapped if old else spec()))
+    assert error.code is Code.UNSUPPORTED
+    assert "/data is ID-mapped" in error.message
+
+
+HELD = HeldFile(mount="/data", path="log/one", mode=0o100640, size_bytes=3, writable=True, holder="python3 (pid 7), descriptor 5")
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> tuple[dict[str, object], CheckpointConfig, Path]:
+    """A container with a volume, a checkpoint that has a file of it open, and the file as it was."""
+    (tmp_path / "log").mkdir()
+    file = tmp_path / "log/one"
+    file.write_text("abc")
+    file.chmod(0o640)
+    new = spec()
+    mounts = new["mounts"]
+    assert isinstance(mounts, list)
+    mounts[-1]["source"] = str(tmp_path)
+    return new, replace(CONFIG, held_files=(HELD,)), file
+
+
+def test_an_open_file_that_is_what_it_was(held: tuple[dict[str, object], CheckpointConfig, Path]) -> None:
+    """Its content may be another."""
+    new, config, file = held
+    compare(new, config)
+    file.write_text("xyz")
+    compare(new, config)
+    file.write_text("more")
+    compare(new, replace(config, held_files=(replace(HELD, size_bytes=-1),)))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda file: file.write_text("abcd"), "has 4 bytes, and had 3 at the checkpoint"),
+        (lambda file: file.unlink(), "is missing"),
+        (lambda file: (file.unlink(), file.parent.rmdir()), "is missing"),
+        (lambda file: (file.unlink(), file.mkdir()), "is a directory, and was a file at the checkpoint"),
+        (lambda file: file.chmod(0o600), "has mode 0600, and had 0640 at the checkpoint"),
+    ],
+)
+def test_an_open_file_that_is_not(
+    held: tuple[dict[str, object], CheckpointConfig, Path], change: Callable[[Path], object], said: str
+) -> None:
+    """The file, the process that has it and the difference are named."""
+    new, config, file = held
+    change(file)
+    error = failure(new, config)
+    assert error.code is Code.MOUNT_MISMATCH
+    assert f"{file}, which python3 (pid 7), descriptor 5 has open for writing, {said}" in error.message
+
+
+def test_permissions_that_are_not_to_count(held: tuple[dict[str, object], CheckpointConfig, Path]) -> None:
+    """smr.criu.skip-file-rwx-check is CRIU's and ours."""
+    new, config, file = held
+    file.chmod(0o600)
+    compare(new, config, replace(ASKED, criu={"skip-file-rwx-check": ""}))
+
+
+def test_an_open_file_behind_a_link(held: tuple[dict[str, object], CheckpointConfig, Path]) -> None:
+    """Where a link leads in the container is not seen from here: CRIU judges."""
+    new, config, file = held
+    file.unlink()
+    file.symlink_to("/etc/passwd")
+    file.parent.rename(file.parent.with_name("other"))
+    file.parent.symlink_to("/etc")
+    compare(new, config)
 
 
 @pytest.mark.parametrize(("known", "found"), [("", "sha256:b"), ("sha256:a", ""), ("sha256:a", "sha256:a")])
