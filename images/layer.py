@@ -18,7 +18,7 @@ from pathlib import Path
 from smr.images.overlay import Walker
 from smr.images.pack import OPAQUE, WHITEOUT, Content, DiffStats, Packer
 from smr.images.tar import Entry, Kind, TarWriter
-from smr.images.tar_reader import FileStream, Limits, TarReader
+from smr.images.tar_reader import FileStream, Limits, Owners, TarReader
 from smr.images.tarsafe import (
     Parts,
     Tree,
@@ -70,19 +70,20 @@ def pack_tree(tree: Path, out: Path) -> DiffStats:
     return _pack(Walker(tree, overlay=False), out, content=Content.TREE)
 
 
-def unpack_tree(tar: Path, target: Path, *, limits: Limits | None = None) -> int:
+def unpack_tree(tar: Path, target: Path, *, limits: Limits | None = None, owners: Owners | None = None) -> int:
     """Unpack a tar of `pack_tree` into the existing directory `target`; number of entries. ARCHIVE_UNSAFE, ARCHIVE_INVALID."""
-    with _reading(tar, limits) as reader:
+    with _reading(tar, limits, owners) as reader:
         return unpack(reader, target, overwrite=True)
 
 
-def apply_layer(tar: Path, root: Path, undo_dir: Path, *, limits: Limits | None = None) -> Applied:
+def apply_layer(tar: Path, root: Path, undo_dir: Path, *, limits: Limits | None = None, owners: Owners | None = None) -> Applied:
     """Apply an OCI layer to the mounted container root `root`. `undo_dir` must not hold an earlier journal.
 
+    `owners` make of the layer's user and group ids those of this root, where the container has another user namespace.
     When it fails, the root is as it was. Raises ARCHIVE_UNSAFE, ARCHIVE_INVALID, ROOTFS_FAILED, DISK_FULL.
     """
     with ExitStack() as held:
-        reader = held.enter_context(_reading(tar, limits))
+        reader = held.enter_context(_reading(tar, limits, owners))
         held.enter_context(disk_errors(f"applying {tar.name} to {root}"))
         tree = held.enter_context(Tree(root))
         applier = _Applier(tree, held.enter_context(Journal(undo_dir, tree)), reader)
@@ -195,10 +196,10 @@ def _same(directory: int, entry: Entry) -> bool:
 
 
 @contextmanager
-def _reading(tar: Path, limits: Limits | None) -> Iterator[TarReader]:
+def _reading(tar: Path, limits: Limits | None, owners: Owners | None) -> Iterator[TarReader]:
     fd = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        yield TarReader(FileStream(fd), what=tar.name, limits=limits)
+        yield TarReader(FileStream(fd), what=tar.name, limits=limits, owners=owners)
     finally:
         os.close(fd)
 

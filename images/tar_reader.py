@@ -8,8 +8,8 @@ An archive without its end mark counts as truncated.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import NoReturn, Protocol
 
 from smr.images.tar import BLOCK, XATTR_PREFIX, Entry, Kind, Segments
@@ -38,6 +38,9 @@ class Stream(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
 
+Owners = tuple[Callable[[int], int], Callable[[int], int]]
+
+
 class FileStream:
     """A plain file as a stream that can skip without reading. Does not own the descriptor."""
 
@@ -58,10 +61,16 @@ class FileStream:
 
 
 class TarReader:
-    """Iterates over the entries of `stream`; between two steps an entry's content may be read, in part or not at all."""
+    """Iterates over the entries of `stream`; between two steps an entry's content may be read, in part or not at all.
 
-    def __init__(self, stream: Stream, *, what: str = "archive", limits: Limits | None = None) -> None:
+    `owners`, where given, make of an entry's user and group id those that it is to have here.
+    """
+
+    def __init__(
+        self, stream: Stream, *, what: str = "archive", limits: Limits | None = None, owners: Owners | None = None
+    ) -> None:
         self._stream = stream
+        self._owners = owners
         self._what = what
         self._limits = limits or Limits()
         self._left = 0
@@ -72,6 +81,8 @@ class TarReader:
 
     def __iter__(self) -> Iterator[Entry]:
         while (entry := self._next()) is not None:
+            if self._owners is not None:
+                entry = replace(entry, uid=self._owners[0](entry.uid), gid=self._owners[1](entry.gid))
             yield entry
         self._drain()
 

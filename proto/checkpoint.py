@@ -149,8 +149,8 @@ class CheckpointConfig:
     `spec` is the OCI spec the container ran with. `external_mounts` are destinations that CRIU expects from outside.
     `bound_addresses` are addresses other than wildcard and loopback that sockets of the tree were bound to.
     `criu_options` are flags that the restore needs, because of what was in the tree; `criu_dump` are the options of the dump,
-    with their values; `criu_why` gives reasons of both. `held_files` are not in the image, and must be what they were. Times are
-    RFC 3339 UTC, sizes bytes.
+    with their values; `criu_why` gives reasons of both. `clocks_s` are the clocks as the container saw them. `held_files` are not
+    in the image, and must be what they were. Times are RFC 3339 UTC, sizes bytes.
     """
 
     created: str
@@ -166,6 +166,7 @@ class CheckpointConfig:
     criu_options: tuple[str, ...] = ()
     criu_dump: Mapping[str, str] = field(default_factory=dict)
     criu_why: Mapping[str, str] = field(default_factory=dict)
+    clocks_s: Mapping[str, float] = field(default_factory=dict)
     memory_bytes: int = 0
     pause_s: float = 0.0
     stages_s: Mapping[str, float] = field(default_factory=dict)
@@ -208,6 +209,7 @@ def _parse(document: Mapping[str, object]) -> CheckpointConfig:
         known[name] = {key: str(value) for key, value in as_object(document.get(name), name).items()}
     held = as_list(document.get("held_files"), "held_files")
     known["held_files"] = tuple(_record(HeldFile, item, "held_files[]") for item in held)
+    known["clocks_s"] = {key: float(str(value)) for key, value in as_object(document.get("clocks_s"), "clocks_s").items()}
     known["gpu"] = _gpu(document["gpu"]) if document.get("gpu") else None
     known["hooks"] = _record(Hooks, document.get("hooks") or {}, "hooks")
     return CheckpointConfig(**known)  # type: ignore[arg-type]  # checked by name above, by value where it is used

@@ -39,7 +39,7 @@ from smr.images.store import Store
 from smr.proto.annotations import Tcp, check_reference
 from smr.proto.checkpoint import MOUNT_ANNOTATION, CheckpointConfig, Hooks, Host, LayerType, Source
 from smr.proto.errors import Code, SmrError
-from smr.shim import cgroups, criu, criu_why, inotify, network, preflight, procs, tmpfs
+from smr.shim import cgroups, clocks, criu, criu_why, inotify, network, preflight, procs, tmpfs
 from smr.shim.config import Config
 from smr.shim.criu import Criu
 from smr.shim.dump import flags_of, options, session_options
@@ -318,12 +318,18 @@ def _describe(
 
 
 def _with_options(facts: CheckpointConfig, folder: Path, chosen: Mapping[str, str]) -> CheckpointConfig:
-    """The options that the dump had, those that a restore needs, and why."""
+    """The options that the dump had, those that a restore needs, and why; and the clocks."""
     from smr.images.criu_needs import needs
 
     found = needs(folder)
     why = criu_why.of_dump(chosen, {**found.dump, **found.restore})
-    return replace(facts, criu_options=tuple(found.restore), criu_dump=dict(chosen), criu_why={**why, **found.restore})
+    return replace(
+        facts,
+        criu_options=tuple(found.restore),
+        criu_dump=dict(chosen),
+        criu_why={**why, **found.restore},
+        clocks_s=clocks.of_dump(folder),
+    )
 
 
 def _host(target: Target, tool: Criu) -> Host:

@@ -13,7 +13,7 @@ from smr.proto.annotations import Annotations, Check
 from smr.proto.checkpoint import CheckpointConfig
 from smr.proto.errors import Code, SmrError
 from smr.proto.oci import Spec, parse_spec
-from smr.shim import mounts
+from smr.shim import clocks, mounts, userns
 
 # A library that found one of these at its start goes on using it after a restore (glibc's ifuncs, oneDNN, OpenBLAS).
 _CPU_PREFIXES = ("avx", "amx", "sse", "ssse", "fma", "f16c", "bmi", "popcnt", "movbe", "adx", "sha_ni", "vaes", "gfni", "aes")
@@ -30,6 +30,8 @@ def compare(config: CheckpointConfig, spec: Spec, annotations: Annotations) -> N
     if annotations.command is Check.CHECK:
         check_command(old, spec)
     check_namespaces(old, spec)
+    userns.check(old, spec)
+    clocks.check(config.clocks_s)
     mounts.check(config, spec, annotations)
 
 

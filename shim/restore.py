@@ -37,6 +37,7 @@ from smr.shim import (
     criu,
     engines,
     extra_mounts,
+    identity,
     mount_flags,
     mount_points,
     mountinfo,
@@ -44,7 +45,9 @@ from smr.shim import (
     namespaces,
     pages,
     preflight,
+    rights,
     tmpfs,
+    userns,
 )
 from smr.shim.config import Config
 from smr.shim.files import drop_tree, write_atomic
@@ -82,7 +85,7 @@ def restore(call: RuntimeCall, spec: Spec, annotations: Annotations, config: Con
         stack.callback(stop_prefetch, prefetch)
         gpu = stack.enter_context(revival(image.config, spec, annotations, config, state))
         with state.stage("rootfs"):
-            apply_rootfs(state, image)
+            apply_rootfs(state, image, spec)
             tmpfs.fill(state, image, spec, annotations)
         with state.stage("rewrite"):
             stack.enter_context(criu_folder(state))
@@ -107,8 +110,7 @@ def restore(call: RuntimeCall, spec: Spec, annotations: Annotations, config: Con
             state.record.gpus = dict(gpu.finish())
             state.record.warnings += gpu.warnings
         with state.stage("adopt"):
-            namespaces.adopt(state.record.pid, spec)
-            tell(state, image, spec)
+            adopt(state, image, spec)
         state.record.status = Status.CREATED
         write_marker(state)
         state.save()
@@ -133,6 +135,13 @@ def fit_mounts(state: ContainerState, image: Image, spec: Spec, annotations: Ann
     pid, rootfs = state.record.pid, state.record.rootfs
     state.record.warnings += extra_mounts.give(pid, spec, rootfs, annotations, left_out=mounts.of_node(image.config))
     mount_flags.keep_to_spec(pid, spec, rootfs, annotations)
+
+
+def adopt(state: ContainerState, image: Image, spec: Spec) -> None:
+    """What the stopped tree has of its new container rather than of the checkpoint; what it cannot have is a warning."""
+    namespaces.adopt(state.record.pid, spec)
+    state.record.warnings += identity.adopt(state.record.pid, parse_spec(image.config.spec), spec)
+    tell(state, image, spec)
 
 
 def tell(state: ContainerState, image: Image, spec: Spec) -> None:
@@ -193,7 +202,7 @@ def stop_prefetch(process: subprocess.Popen[bytes] | None) -> None:
         process.wait()
 
 
-def apply_rootfs(state: ContainerState, image: Image) -> None:
+def apply_rootfs(state: ContainerState, image: Image, spec: Spec) -> None:
     """Apply the checkpoint's writable layer; the journal's place is recorded before the first change."""
     from smr.images.layer import apply_layer
 
@@ -204,7 +213,8 @@ def apply_rootfs(state: ContainerState, image: Image) -> None:
     state.record.undo_rootfs = True
     state.save()
     for layer in layers:
-        apply_layer(layer.path, Path(state.record.rootfs), state.undo_dir)
+        owners = userns.shifts(parse_spec(image.config.spec), spec)
+        apply_layer(layer.path, Path(state.record.rootfs), state.undo_dir, owners=owners)
 
 
 @contextlib.contextmanager
@@ -230,7 +240,10 @@ def rewrite(state: ContainerState, image: Image, spec: Spec, annotations: Annota
         _add_mounts(state, spec, annotations)
     if image.config.bound_addresses:
         _move_addresses(state, image, spec)
+    old = parse_spec(image.config.spec)
+    state.record.warnings += rights.restrict(state.criu_dir, old, spec)
     if "user" in spec.namespaces:
+        userns.adapt(state.criu_dir, old, spec)
         _open_to_user_namespace(state.criu_dir)
 
 

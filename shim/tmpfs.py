@@ -16,17 +16,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from smr.images.image import Image
 from smr.proto.annotations import Annotations
 from smr.proto.checkpoint import MOUNT_ANNOTATION, LayerType
 from smr.proto.errors import Code, SmrError
 from smr.proto.mount_list import clean
-from smr.proto.oci import Mount, Spec
-from smr.shim import mountinfo
+from smr.proto.oci import Mount, Spec, parse_spec
+from smr.shim import mountinfo, userns
 from smr.shim.files import remove_tree
 from smr.shim.mounts import asked_mounts
 from smr.shim.state import ContainerState
+
+if TYPE_CHECKING:
+    from smr.images.tar_reader import Owners
 
 _SHM = "/dev/shm"
 _PACKED = "tmpfs."
@@ -84,10 +88,10 @@ def fill(state: ContainerState, image: Image, spec: Spec, annotations: Annotatio
                 hint=f"give the container its own {destination}",
                 code=Code.MOUNT_MISMATCH,
             )
-        _fill(state, layer.path, destination, source)
+        _fill(state, layer.path, destination, source, userns.shifts(parse_spec(image.config.spec), spec))
 
 
-def _fill(state: ContainerState, tar: Path, destination: str, source: Path) -> None:
+def _fill(state: ContainerState, tar: Path, destination: str, source: Path, owners: Owners | None) -> None:
     from smr.images.layer import apply_layer, unpack_tree
 
     if state.record.id in source.parts:
@@ -96,12 +100,12 @@ def _fill(state: ContainerState, tar: Path, destination: str, source: Path) -> N
     if memory and not any(source.iterdir()):
         state.record.undo_tmpfs += (str(source),)
         state.save()
-        unpack_tree(tar, source)
+        unpack_tree(tar, source, owners=owners)
     elif (destination == _SHM and source != Path(_SHM)) or _EMPTY_DIR in source.parts:
         state.record.undo_merged += (str(source),)
         state.save()
         journal = state.merged_dir(len(state.record.undo_merged) - 1)
         journal.mkdir(mode=0o700, parents=True)
-        apply_layer(tar, source, journal)
+        apply_layer(tar, source, journal, owners=owners)
     else:
         state.record.warnings.append(_LEFT.format(destination))

@@ -34,6 +34,7 @@ class Holder:
         os.link(f"{folder}/linked", f"{folder}/other")
         os.unlink(f"{folder}/ghost")
         os.unlink(f"{folder}/linked")
+        resource.setrlimit(resource.RLIMIT_CORE, (7, resource.getrlimit(resource.RLIMIT_CORE)[1]))
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.socket.connect(path)
         self.folder = folder
@@ -46,10 +47,10 @@ class Holder:
 
     @staticmethod
     def sleep(pipe):
-        """Sleeps of three seconds, and how long each took by the monotonic clock."""
+        """Sleeps of a second, and how long each took by the monotonic clock."""
         while True:
             before = time.monotonic()
-            time.sleep(3)
+            time.sleep(1)
             os.write(pipe, b"%8.3f" % (time.monotonic() - before))
 
     def slept(self):

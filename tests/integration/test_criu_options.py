@@ -2,66 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
-import shutil
-import socket
-import subprocess
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.integration.command import eventually
-from tests.integration.node import REPOSITORY
-from tests.integration.runc import Edit, Runc
+from tests.integration.outside import COMMAND, Outside
+from tests.integration.runc import Runc
 
 FAIL = {"smr.fallback": "fail"}
-COMMAND = ("sh", "-c", "python3 /data/holder.py /data/log /tmp & exec python3 /app/workload.py")
-
-
-class Outside:
-    """A folder of the host's for a container's /data, with a holder in it and a socket that hears what it says."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        shutil.copy2(REPOSITORY / "tests/integration/holder.py", folder / "holder.py")
-        self.socket: socket.socket
-
-    def edit(self, spec: dict[str, object]) -> None:
-        """/data in the spec."""
-        mounts = spec["mounts"]
-        assert isinstance(mounts, list)
-        mounts.append({"destination": "/data", "type": "bind", "source": str(self.folder), "options": ["rbind", "rw"]})
-
-    def begin(self, runc: Runc, name: str) -> None:
-        """The socket that the holder waits for. CRIU sees peers in the container's network namespace, as in a pod."""
-
-        pid = runc.pid(name)
-
-        def make() -> None:
-            with Path(f"/proc/{pid}/ns/net").open() as namespace:
-                assert ctypes.CDLL(None).setns(namespace.fileno(), 0) == 0
-            self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-
-        thread = threading.Thread(target=make)
-        thread.start()
-        thread.join()
-        fd = self.socket.fileno()
-        bind = f"import socket; socket.socket(fileno={fd}).bind('/data/log')"
-        subprocess.run(["nsenter", f"--target={pid}", "--mount", "python3", "-c", bind], check=True, pass_fds=[fd])
-
-    def hear(self) -> dict[str, object]:
-        """What the holder says next."""
-        self.socket.settimeout(0)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                self.socket.recv(1 << 16)  # what was said before
-        self.socket.settimeout(10)
-        return json.loads(self.socket.recv(1 << 16))
 
 
 @pytest.fixture
@@ -70,18 +21,7 @@ def outside(restoring_runc: Runc) -> Iterator[Outside]:
     folder = Path(tempfile.mkdtemp(dir=restoring_runc.path.parent))
     there = Outside(folder)
     yield there
-    there.socket.close()
-    shutil.rmtree(folder)
-
-
-def editing(*edits: Edit) -> Edit:
-    """Several edits of a spec as one."""
-
-    def edit(spec: dict[str, object]) -> None:
-        for one in edits:
-            one(spec)
-
-    return edit
+    there.close()
 
 
 def test_options_follow_from_the_tree(restoring_runc: Runc, outside: Outside) -> None:
@@ -94,8 +34,7 @@ def test_options_follow_from_the_tree(restoring_runc: Runc, outside: Outside) ->
     runc("start", "source")
     runc.ready("source")
     runc.checkpoint("source", "plain:1")
-    outside.begin(runc, "source")
-    eventually(outside.hear)
+    outside.begin(runc.pid("source"))
     runc.checkpoint("source", "options:1")
     runc.remove("source")
     described = json.loads(runc.node.smr("images", "inspect", "options:1", "--json").stdout)["config"]

@@ -47,6 +47,7 @@ CONFIG = CheckpointConfig(
     criu_options=("file-locks",),
     criu_dump={"ghost-limit": "1G", "file-locks": ""},
     criu_why={"file-locks": "1 lock of files"},
+    clocks_s={"monotonic": 100.5, "boottime": 200.25},
     memory_bytes=1 << 34,
     pause_s=0.25,
     stages_s={"dump": 0.2},
