@@ -20,14 +20,16 @@ _WAITING_MOST = 1000
 
 
 class Follower:
-    """Reads the journal of `run` as it grows, from where `totals_file` says that the agent before has stopped."""
+    """Reads the journal of `run` as it grows, from where `totals_file` says that the agent before has stopped.
+
+    The first `look` is the owner's, when `tell` can be told what happened before.
+    """
 
     def __init__(self, run: Path, totals_file: Path, tell: Callable[[Event], object]) -> None:
         self._run, self._file, self._tell = run, totals_file, tell
         self.totals = totals.load(totals_file)
         self._queues: set[asyncio.Queue[Event | None]] = set()
         self._watch = Watch(journal_dir(run), self.look)
-        self.look()
 
     def close(self) -> None:
         """End: watchers get None."""
@@ -45,12 +47,16 @@ class Follower:
         if news.position == self.totals.position and not news.lost:
             return
         self.totals.position = news.position
-        with contextlib.suppress(OSError):
-            self.totals.save(self._file)
+        self._save()
         for event in news.events:
             self._tell(event)
             for queue in list(self._queues):
                 self._offer(queue, event)
+
+    def count(self, name: str, label: str) -> None:
+        """Count what is in no journal."""
+        self.totals.count(name, label)
+        self._save()
 
     def remembered(self) -> tuple[Event, ...]:
         """All that the journal has, oldest first."""
@@ -65,6 +71,10 @@ class Follower:
             yield queue
         finally:
             self._queues.discard(queue)
+
+    def _save(self) -> None:
+        with contextlib.suppress(OSError):
+            self.totals.save(self._file)
 
     def _offer(self, queue: asyncio.Queue[Event | None], event: Event) -> None:
         try:

@@ -36,7 +36,7 @@ _REASONS = {
 }
 # What happened while no agent ran is told late, but not when it is history.
 _LATE = timedelta(minutes=10)
-_NOTE_CHARACTERS = 1024
+_NOTE_BYTES = 1024
 _WAITING_MOST = 100
 _TRIES_S = (1.0, 5.0, 20.0)
 _TIMEOUT_S = 10.0
@@ -191,6 +191,6 @@ def document_of(
         "action": "Restore" if kind != "checkpoint_failed" else "Checkpoint",
         "reason": reason,
         "regarding": regarding,
-        "note": note[:_NOTE_CHARACTERS],
+        "note": note.encode()[:_NOTE_BYTES].decode(errors="ignore"),
         "type": "Warning",
     }

@@ -92,18 +92,16 @@ async def _agent(config: Config, options: Options) -> AsyncIterator[None]:
         workers, health = Workers(), Health(config)
         async with contextlib.AsyncExitStack() as stack:
             reporters: list[kubernetes.Reporter] = []
-            follower = Follower(
-                config.run,
-                config.run / "agent" / "totals.json",
-                lambda event: _report(reporters, event),
-            )
+            follower = Follower(config.run, config.run / "agent/totals.json", lambda event: _report(reporters, event))
             stack.callback(follower.close)
             cluster = kubernetes.find() if options.events else None
             if cluster is not None:
-                count = follower.totals.count
                 node = os.environ.get("NODE_NAME") or platform.node()
-                reporters.append(kubernetes.Reporter(cluster, node, lambda result: count("kubernetes_events", result), executor))
+                reporters.append(
+                    kubernetes.Reporter(cluster, node, lambda result: follower.count("kubernetes_events", result), executor)
+                )
                 stack.push_async_callback(reporters[0].close)
+            follower.look()
             metrics = Metrics(config, follower.totals)
             if options.listen:
                 stack.push_async_callback(_end_web, await web.serve(options.listen, _pages(metrics, health, executor)), options)

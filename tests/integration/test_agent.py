@@ -11,7 +11,7 @@ import pytest
 
 from tests.integration.agent import Agent, ended
 from tests.integration.command import eventually
-from tests.integration.conftest import Warm, make_warm
+from tests.integration.conftest import Warm
 from tests.integration.podman import Podman
 
 MIB = 1 << 20
@@ -146,13 +146,18 @@ def first_stage(agent: Agent, name: str, image: str) -> Iterator[None]:
 
 
 def test_a_checkpoint_outlives_its_agent(podman: Podman, agent: Agent, source: str) -> None:
-    """kill -9 of the agent in the middle of a checkpoint: the image is made all the same, the container runs on."""
+    """kill -9 of the agent in the middle of a checkpoint: the image is made all the same, the container runs on.
+
+    Checkpoints by the command are counted as well.
+    """
     for _ in first_stage(agent, source, "orphan:1"):
         agent.end(signal.SIGKILL)
     eventually(lambda: "orphan:1" in podman.node.smr("images", "ls").stdout, what="the image")
     podman.ask(source)
     agent.start()
     agent.counts("smr_checkpoints_total", "code=", "result=ok", value=1)
+    podman.checkpoint(source, "Not-A-Name", check=False)
+    agent.counts("smr_checkpoints_total", "code=annotation_invalid", "result=failed", value=1)
 
 
 def test_a_client_that_goes_takes_its_checkpoint_back(podman: Podman, agent: Agent, source: str) -> None:
@@ -185,14 +190,3 @@ def test_commands_that_ask_the_agent(podman: Podman, agent: Agent, podman_warm: 
     gone = smr("agent", "watch", check=False)
     assert gone.returncode == 7
     assert "systemctl start smr-agent" in gone.stderr
-
-
-def test_make_warm_is_told(podman: Podman, agent: Agent) -> None:
-    """A checkpoint by the command counts as one by the agent does."""
-    make_warm(podman, "told:1")
-    agent.counts("smr_checkpoints_total", "code=", "result=ok", value=1)
-    podman.checkpoint("nothing-of-that-name", "told:2", check=False)
-    podman.start("source")
-    podman.ready("source")
-    podman.checkpoint("source", "Not-A-Name", check=False)
-    agent.counts("smr_checkpoints_total", "code=annotation_invalid", "result=failed", value=1)

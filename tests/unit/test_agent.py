@@ -6,21 +6,28 @@ import asyncio
 import json
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from google.protobuf.message import Message
 from grpclib.const import Status as Grpc
+from grpclib.exceptions import GRPCError
+from grpclib.testing import ChannelFor
 from prometheus_client.parser import text_string_to_metric_families
 
 from smr.images.store import Store
+from smr.proto.agent import agent_pb2 as pb
+from smr.proto.agent.agent_grpc import AgentStub
 from smr.proto.errors import Code, SmrError
 from smr.shim.agent import health, kubernetes, totals, web
 from smr.shim.agent.journal import Follower
 from smr.shim.agent.main import options_of
 from smr.shim.agent.metrics import METRICS, Metrics
-from smr.shim.agent.service import event_of, grpc_status, list_images
+from smr.shim.agent.service import Service, event_of, grpc_status, list_images
 from smr.shim.agent.totals import BUCKETS, Totals
+from smr.shim.agent.workers import Workers
 from smr.shim.config import Config
 from smr.shim.events import Position, note
 from tests.store_support import commit, rewrite_blob
@@ -102,6 +109,7 @@ def test_the_next_agent_goes_on_counting(config: Config) -> None:
 
     async def live(*more: int) -> float:
         follower = Follower(config.run, config.run / "agent/totals.json", lambda event: told.append(event["n"]))
+        follower.look()
         try:
             for number in more:
                 note(config, "restored", {"n": number})
@@ -232,6 +240,38 @@ def test_every_code_has_a_status_that_is_no_success() -> None:
     assert all(grpc_status(code) not in {Grpc.OK, Grpc.UNKNOWN} for code in Code)
     assert grpc_status(Code.IMAGE_NOT_FOUND) is Grpc.NOT_FOUND
     assert grpc_status(Code.CONTAINER_STATE) is Grpc.FAILED_PRECONDITION
+
+
+@pytest.mark.parametrize(
+    ("call", "request_", "said"),
+    [
+        ("Prefetch", pb.PrefetchRequest(), "no image is named"),
+        ("Pin", pb.PinRequest(), "no image is named"),
+        ("Unpin", pb.UnpinRequest(image="Not A Name"), "not an image reference"),
+        ("Checkpoint", pb.CheckpointRequest(image="a"), "no container is named"),
+        ("Checkpoint", pb.CheckpointRequest(container="c"), "no image is named"),
+        ("Checkpoint", pb.CheckpointRequest(container="c", image="a", engine="docker"), "needed auto, podman"),
+        ("Checkpoint", pb.CheckpointRequest(container="c", image="a", tcp="maybe"), "needed close, established"),
+    ],
+)
+def test_requests_that_make_no_sense(config: Config, call: str, request_: Message, said: str) -> None:
+    """INVALID_ARGUMENT, in words, before a process is started for it."""
+
+    async def ask() -> object:
+        (config.run / "agent").mkdir(parents=True)
+        follower = Follower(config.run, config.run / "agent/totals.json", lambda _: None)
+        try:
+            with ThreadPoolExecutor(max_workers=1) as executor:
+                service = Service(config, follower, health.Health(config), Workers(), executor, "")
+                async with ChannelFor([service]) as channel:
+                    return await getattr(AgentStub(channel), call)(request_)
+        finally:
+            follower.close()
+
+    with pytest.raises(GRPCError) as caught:
+        asyncio.run(ask())
+    assert caught.value.status is Grpc.INVALID_ARGUMENT
+    assert said in str(caught.value.message)
 
 
 def test_an_event_becomes_a_message() -> None:
@@ -387,14 +427,14 @@ def test_what_is_not_posted(change: dict[str, object], later: timedelta) -> None
 
 
 def test_long_names_and_notes_fit() -> None:
-    """The API's limits: 253 characters for a name, 1024 for a note, 128 for the node."""
+    """The API's limits: 253 bytes for a name, 1024 for a note, 128 for the node."""
     pod = {"namespace": "n", "name": "p" * 253, "container": "c"}
-    document = kubernetes.document_of({**FAILED, "pod": pod, "reason": "x" * 3000}, "n" * 300, lambda: NOW)
+    document = kubernetes.document_of({**FAILED, "pod": pod, "reason": "ä" * 3000}, "n" * 300, lambda: NOW)
     assert document is not None
     metadata = document["metadata"]
     assert isinstance(metadata, dict)
     assert len(metadata["name"]) <= 253
-    assert len(str(document["note"])) <= 1024
+    assert 1000 < len(str(document["note"]).encode()) <= 1024
     assert len(str(document["reportingInstance"])) <= 128
 
 
