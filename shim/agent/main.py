@@ -202,4 +202,6 @@ def _tell_systemd(state: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    found = main()
+    sys.stderr.flush()
+    os._exit(found)  # not by way of the interpreter's end, which waits for threads that wait for a server

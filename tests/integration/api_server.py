@@ -34,7 +34,8 @@ class ApiServer:
         self.failures: list[int] = []
         self.requests: list[tuple[str, str, int]] = []
         self.token, self.may_create = "secret-token", True
-        self.silent = threading.Event()
+        self.answering = threading.Event()
+        self.answering.set()
         self.port = 0
 
     def judge(self, method: str, path: str, authorization: str, body: bytes) -> tuple[int, dict[str, object]]:
@@ -72,9 +73,7 @@ class ApiServer:
 
         class Handler(BaseHTTPRequestHandler):
             def _answer(self) -> None:
-                if owner.silent.is_set():
-                    self.close_connection = True
-                    owner.silent.wait()
+                owner.answering.wait()
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 status, document = owner.judge(self.command, self.path, self.headers.get("Authorization", ""), body)
                 owner.requests.append((self.command, self.path, status))
@@ -99,7 +98,7 @@ class ApiServer:
         try:
             yield self
         finally:
-            self.silent.clear()
+            self.answering.set()
             server.shutdown()
             thread.join()
             server.server_close()

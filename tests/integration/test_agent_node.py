@@ -250,7 +250,7 @@ def test_a_server_that_says_no_or_nothing_holds_nobody_up(agent: Agent, api: Api
     (api.secrets / "token").write_text("renewed")
     emit_failure(config, "started_cold", "c4", CRI, NO_IMAGE, "llama:2")
     told(agent, "posted", 1)
-    api.silent.set()
+    api.answering.clear()
     for number in range(150):
         emit_failure(config, "started_cold", f"s{number}", CRI, NO_IMAGE, "llama:2")
     agent.counts("smr_restores_total", "code=image_not_found", "result=cold", value=154)
