@@ -14,9 +14,11 @@ from difflib import get_close_matches
 from enum import StrEnum
 from typing import TypeVar
 
+from smr.proto import pod as pods
 from smr.proto.criu_options import OPTIONS, check_option
 from smr.proto.errors import Code, SmrError
 from smr.proto.mount_list import MOUNT_PREFIX, MOUNTS, parse_mounts
+from smr.proto.pod import CONTAINER, NAMED_PREFIX, Pod
 
 _E = TypeVar("_E", bound=StrEnum)
 
@@ -31,6 +33,10 @@ GPU_MAP = "smr.gpu.map"
 QUIESCE = "smr.quiesce"
 RESUME = "smr.resume"
 HOOK_TIMEOUT = "smr.hook.timeout"
+CAPTURE = "smr.capture"
+CAPTURE_READY = "smr.capture.ready"
+CAPTURE_AFTER = "smr.capture.after"
+CAPTURE_TIMEOUT = "smr.capture.timeout"
 CRIU_PREFIX = "smr.criu."
 
 # Written by us into the annotations of a container that started cold or was restored; never read back as a request.
@@ -51,9 +57,15 @@ KEYS: Mapping[str, str] = {
     QUIESCE: "what a checkpoint does before it pauses the container: a preset, an HTTP call, a command or a signal",
     RESUME: "what undoes it, after the checkpoint and after each restore",
     HOOK_TIMEOUT: "seconds that each of these hooks may take",
+    CONTAINER: "which container of a pod the keys mean that name none",
+    CAPTURE: "name of the image that the node makes of this container once it is ready, where there is none yet",
+    CAPTURE_READY: "how a container shows that it is ready: http://:PORT/PATH, tcp::PORT or exec:COMMAND",
+    CAPTURE_AFTER: "seconds from its start, or from when it is ready, to its capture",
+    CAPTURE_TIMEOUT: "seconds after which a container that is not ready is not captured any more",
 }
 # Keys that a container may have without asking for a restore: they speak of its own checkpoint.
-CHECKPOINT_KEYS = frozenset({QUIESCE, RESUME, HOOK_TIMEOUT})
+CAPTURE_KEYS = frozenset({CAPTURE, CAPTURE_READY, CAPTURE_AFTER, CAPTURE_TIMEOUT})
+CHECKPOINT_KEYS = frozenset({QUIESCE, RESUME, HOOK_TIMEOUT, CONTAINER}) | CAPTURE_KEYS
 
 # Options of CRIU that cannot hand the host to a container: no paths, no scripts, no plugins.
 CRIU_OPTIONS: frozenset[str] = frozenset(OPTIONS)
@@ -99,6 +111,7 @@ class Annotations:
     """What one container asks of SMR. `mounts` maps a destination in the container to a source on the host.
 
     `gpu_map`, `quiesce` and `resume` are as written, for smr.shim.gpu.remap and smr.shim.quiesce. `hook_timeout_s` 0: theirs.
+    `pod` is None outside of one; `bare`, `conflict` and `others` as in smr.proto.pod.
     """
 
     restore: str
@@ -111,6 +124,10 @@ class Annotations:
     quiesce: str = ""
     resume: str = ""
     hook_timeout_s: float = 0.0
+    pod: Pod | None = None
+    bare: bool = False
+    conflict: str = ""
+    others: tuple[str, ...] = ()
     mounts: Mapping[str, str] = field(default_factory=dict)
     criu: Mapping[str, str] = field(default_factory=dict)
 
@@ -130,17 +147,14 @@ def check_reference(reference: str) -> str:
 
 def wanted(annotations: Mapping[str, str]) -> bool:
     """Whether any annotation addresses SMR. A pod sandbox carries its pod's annotations and is never ours."""
-    if annotations.get("io.kubernetes.cri.container-type") == "sandbox":
-        return False
-    if annotations.get("io.kubernetes.cri-o.ContainerType") == "sandbox":
-        return False
-    return any(key.startswith(PREFIX) and key not in OWN_STATUS for key in annotations)
+    return not pods.is_sandbox(annotations) and any(key.startswith(PREFIX) and key not in OWN_STATUS for key in annotations)
 
 
 def parse(annotations: Mapping[str, str]) -> Annotations | None:
     """Parse the `smr.` keys of a spec's annotations; None when there are none.
 
-    Also None when they only say how the container is to be checkpointed (CHECKPOINT_KEYS).
+    Also None when they only say how the container is to be checkpointed (CHECKPOINT_KEYS), and when those of a pod address others
+    of its containers.
     Raises SmrError ANNOTATION_UNKNOWN or ANNOTATION_INVALID, whatever `smr.fallback` says.
     """
     if not wanted(annotations):
@@ -149,17 +163,22 @@ def parse(annotations: Mapping[str, str]) -> Annotations | None:
     for key in ours:
         _check_key(key)
     timeout_s = _seconds(ours, HOOK_TIMEOUT)
-    if RESTORE not in ours and set(ours) <= CHECKPOINT_KEYS:
+    pod = pods.pod_of(annotations)
+    addressed = pods.addressed(annotations, pod)
+    asks = RESTORE in ours or any(key.startswith(NAMED_PREFIX) for key in ours)
+    if not asks and set(ours) <= CHECKPOINT_KEYS:
         return None
-    if RESTORE not in ours:
+    if not asks:
         present = ", ".join(sorted(ours))
         raise SmrError(
             f"annotation {present} without {RESTORE}: nothing names the image to restore",
             hint=f"add --annotation {RESTORE}=IMAGE, or remove the other",
             code=Code.ANNOTATION_INVALID,
         )
+    if addressed.restore is None:
+        return None
     return Annotations(
-        restore=check_reference(ours[RESTORE]),
+        restore=check_reference(addressed.restore),
         fallback=_enum(Fallback, ours, FALLBACK, Fallback.COLD),
         tcp=_enum(Tcp, ours, TCP, Tcp.CLOSE),
         pages=_enum(Pages, ours, PAGES, Pages.AUTO),
@@ -170,12 +189,19 @@ def parse(annotations: Mapping[str, str]) -> Annotations | None:
         resume=ours.get(RESUME, ""),
         hook_timeout_s=timeout_s,
         mounts=parse_mounts(ours),
+        pod=pod,
+        bare=addressed.bare,
+        conflict=addressed.conflict,
+        others=addressed.others,
         criu={key.removeprefix(CRIU_PREFIX): _criu(key, value) for key, value in ours.items() if key.startswith(CRIU_PREFIX)},
     )
 
 
 def _check_key(key: str) -> None:
     if key in KEYS or key.startswith(MOUNT_PREFIX):
+        return
+    if key.startswith(NAMED_PREFIX):
+        pods.check_name(key)
         return
     if key.startswith(CRIU_PREFIX):
         return

@@ -24,6 +24,7 @@ class Code(StrEnum):
     IMAGE_IN_USE = "image_in_use"
     IMAGE_CORRUPT = "image_corrupt"
     IMAGE_VERSION = "image_version"
+    IMAGE_NAMESPACE = "image_namespace"
     ARCHIVE_UNSAFE = "archive_unsafe"
     ARCHIVE_INVALID = "archive_invalid"
     ARCH_MISMATCH = "arch_mismatch"
@@ -45,6 +46,7 @@ class Code(StrEnum):
     CONTAINER_STATE = "container_state"
     CHECKPOINT_FAILED = "checkpoint_failed"
     RESTORE_FAILED = "restore_failed"
+    RESTORE_GAVE_UP = "restore_gave_up"
     ROOTFS_FAILED = "rootfs_failed"
     NETWORK_FAILED = "network_failed"
     DISK_FULL = "disk_full"
@@ -65,6 +67,7 @@ class Code(StrEnum):
 _NOT_FOUND = {Code.IMAGE_NOT_FOUND, Code.CONTAINER_NOT_FOUND}
 _INCOMPATIBLE = {
     Code.IMAGE_VERSION,
+    Code.IMAGE_NAMESPACE,
     Code.ARCH_MISMATCH,
     Code.CPU_MISMATCH,
     Code.SOURCE_MISMATCH,

@@ -8,6 +8,9 @@ log = "/var/log/smr/smr.log"
 cache_share = 0.5             # of the memory that is available, what prefetch and each pin may take
 fills = 2                     # restores that fill memory at a time; the others wait for their turn
 fill_wait_s = 60.0            # how long a restore waits for its turn, and for memory
+restore_attempts = 3          # how often a container of a pod is restored anew after it ended early; then it starts cold
+restore_settled_s = 600.0     # what early means: within so many seconds of its restore
+image_namespaces = "own"      # own: an image made of a pod is for pods of its Kubernetes namespace; any: for all
 gpu_timeout_s = 0.0           # for each call of the NVIDIA driver; 0: 30 for locks, else 60 and more by the memory in use
 agent_socket = ""             # where `smr agent` is called; empty: agent.sock in the state directory
 agent_listen = "127.0.0.1:9464"  # its metrics and health: HOST:PORT or unix:PATH; empty: none
@@ -56,8 +59,11 @@ _NUMBERS = {
     "cache_share": _Number(least=0, most=1),
     "fills": _Number(least=1, most=1000, whole=True),
     "fill_wait_s": _Number(least=0, most=86400),
+    "restore_attempts": _Number(least=1, most=1000000, whole=True),
+    "restore_settled_s": _Number(least=0, most=86400),
     "gpu_timeout_s": _Number(least=0, most=86400),
 }
+_CHOICES = {"image_namespaces": ("own", "any")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +78,9 @@ class Config:
     cache_share: float = 0.5
     fills: int = 2
     fill_wait_s: float = 60.0
+    restore_attempts: int = 3
+    restore_settled_s: float = 600.0
+    image_namespaces: str = "own"
     gpu_timeout_s: float = 0.0
     agent_socket: str = ""
     agent_listen: str = "127.0.0.1:9464"
@@ -98,13 +107,14 @@ def defaults(environ: Mapping[str, str] | None = None) -> Config:
 def _typed(name: str, value: object, file: Path) -> object:
     if name in _PATHS:
         return Path(str(value)).absolute()
-    if name not in _NUMBERS:
-        return value
     try:
-        return _NUMBERS[name].parse(value)
+        if name in _CHOICES:
+            return _CHOICES[name][_CHOICES[name].index(str(value))]
+        return _NUMBERS[name].parse(value) if name in _NUMBERS else value
     except ValueError:
         where = f"SMR_{name.upper()}" if isinstance(value, str) else f"{file}: {name}"
-        message = f"{where} = {value!r}: needed {_NUMBERS[name]}"
+        needed = _NUMBERS.get(name) or " or ".join(_CHOICES[name])
+        message = f"{where} = {value!r}: needed {needed}"
         raise SmrError(message, hint="correct it, or leave it out", code=Code.CONFIG_INVALID) from None
 
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import os
+import socket
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from smr.proto.errors import Code, SmrError
 from smr.proto.oci import Spec
 from smr.shim import network
+
+T = TypeVar("T")
 
 _CLONE_NEWUTS = 0x04000000
 
@@ -22,26 +27,37 @@ def adopt(pid: int, spec: Spec) -> None:
         network.loopback_up(Path(f"/proc/{pid}/ns/net"))
 
 
-def set_hostname(namespace: Path, hostname: str) -> None:
-    """Set the hostname in a UTS namespace; in a thread, since setns(CLONE_NEWUTS) is per thread."""
-    failure: list[int] = []
+def hostname_of(namespace: Path) -> str:
+    """The hostname in a UTS namespace."""
+    return _inside(namespace, lambda: os.uname().nodename, "read the hostname")
 
-    def work() -> None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        name = os.fsencode(hostname)
+
+def set_hostname(namespace: Path, hostname: str) -> None:
+    """Set the hostname in a UTS namespace."""
+    _inside(namespace, lambda: socket.sethostname(hostname), f"set hostname {hostname}")
+
+
+def _inside(namespace: Path, work: Callable[[], T], what: str) -> T:
+    """Do `work` in a UTS namespace, in a thread: setns(CLONE_NEWUTS) is a thread's own. Raises RESTORE_FAILED."""
+    done: list[T] = []
+    failed: list[OSError] = []
+
+    def body() -> None:
         try:
             fd = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                if ctypes.CDLL(None, use_errno=True).setns(fd, _CLONE_NEWUTS) != 0:
+                    number = ctypes.get_errno()
+                    raise OSError(number, os.strerror(number))
+                done.append(work())
+            finally:
+                os.close(fd)
         except OSError as error:
-            failure.append(error.errno or 0)
-            return
-        try:
-            if libc.setns(fd, _CLONE_NEWUTS) != 0 or libc.sethostname(name, len(name)) != 0:
-                failure.append(ctypes.get_errno())
-        finally:
-            os.close(fd)
+            failed.append(error)
 
-    thread = threading.Thread(target=work, name="smr-utsns")
+    thread = threading.Thread(target=body, name="smr-utsns")
     thread.start()
     thread.join()
-    if failure:
-        raise SmrError(f"cannot set hostname {hostname}: {os.strerror(failure[0])}", code=Code.RESTORE_FAILED)
+    if failed:
+        raise SmrError(f"cannot {what}: {failed[0].strerror}", code=Code.RESTORE_FAILED)
+    return done[0]

@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from smr.images import criu_uts
 from smr.images.image import Image
 from smr.images.store import Store
 from smr.proto.annotations import Annotations, Check
@@ -44,6 +45,7 @@ from smr.shim import (
     mounts,
     namespaces,
     pages,
+    pods,
     preflight,
     rights,
     tmpfs,
@@ -70,9 +72,7 @@ def restore(call: RuntimeCall, spec: Spec, annotations: Annotations, config: Con
         source = _SourceLookup(call)
         stack.callback(source.join)
         with state.stage("locate"):
-            image = stack.enter_context(Store(config.store).leased(annotations.restore))
-            state.record.digest = image.digest
-            state.record.stopped_pids = tuple(task.pid for task in image.config.tasks if task.stopped)
+            image = locate(call, annotations, config, state, stack)
         with state.stage("preflight"):
             tool = criu.find(config)
             if annotations.resume or image.config.hooks.quiesce or image.config.hooks.resume:
@@ -114,6 +114,18 @@ def restore(call: RuntimeCall, spec: Spec, annotations: Annotations, config: Con
         state.record.status = Status.CREATED
         write_marker(state)
         state.save()
+
+
+def locate(
+    call: RuntimeCall, annotations: Annotations, config: Config, state: ContainerState, stack: contextlib.ExitStack
+) -> Image:
+    """The image, leased until `stack` is closed, and allowed to this container."""
+    pods.check_keys(annotations)
+    image = stack.enter_context(Store(config.store).leased(annotations.restore))
+    state.record.digest = image.digest
+    state.record.stopped_pids = tuple(task.pid for task in image.config.tasks if task.stopped)
+    pods.admit(image.config, annotations, call.bundle, config)
+    return image
 
 
 @contextlib.contextmanager
@@ -242,6 +254,9 @@ def rewrite(state: ContainerState, image: Image, spec: Spec, annotations: Annota
         _move_addresses(state, image, spec)
     old = parse_spec(image.config.spec)
     state.record.warnings += rights.restrict(state.criu_dir, old, spec)
+    if uts := spec.namespaces.get("uts"):
+        # CRIU names the namespace that it joins: a pod's, which others are in.
+        criu_uts.set_hostname(state.criu_dir, namespaces.hostname_of(Path(uts)))
     if "user" in spec.namespaces:
         userns.adapt(state.criu_dir, old, spec)
         _open_to_user_namespace(state.criu_dir)

@@ -27,6 +27,7 @@ from smr.shim.config import Config
 from smr.shim.events import emit, emit_failure
 from smr.shim.files import write_atomic
 from smr.shim.oci_args import RuntimeCall, parse_call
+from smr.shim.pods import is_meant
 from smr.shim.real_runtime import real_runtime
 from smr.shim.state import ContainerState, GoneError, Record, Status, begin, find
 
@@ -85,7 +86,7 @@ def create(call: RuntimeCall, config: Config) -> int:
     if not wanted(spec.annotations):
         exec_real(call, config)
     annotations = _asked(call, config, spec)
-    if annotations is None:
+    if annotations is None or not is_meant(annotations, spec, config):
         exec_real(call, config)
     error = try_restore(call, spec, annotations, config, then_exit=True)
     if error is None:

@@ -54,7 +54,9 @@ def _containerd(site: Site, options: argparse.Namespace) -> list[Change]:
         note = Note("containerd: not installed here, so its verdict on the configuration is not asked for")
         return [note, *containerd.plan(site, config=options.containerd_config, major=None)]
     before = containerd_dump.dump(binary, site, options.containerd_config)
-    changes = containerd.plan(site, config=options.containerd_config, major=containerd_dump.major_version(binary))
+    version = containerd_dump.version(binary)
+    by_path = containerd.uses_runtime_path(version)
+    changes = containerd.plan(site, config=options.containerd_config, major=version[0], by_path=by_path)
     if not all(isinstance(change, Note) for change in changes):
         (options.stage / _BEFORE).write_text(json.dumps(before, default=str))
     return changes

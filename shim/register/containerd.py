@@ -4,6 +4,9 @@ The copy matters: SystemdCgroup, BinaryName (nvidia-container-runtime) and the l
 runtime_type stays io.containerd.runc.v2 and runtime_path names our shim: with another type containerd encodes the options in
 a message that the stock shim cannot decode. `ctr` and nerdctl need no configuration: they find the shim on PATH.
 
+The CRI of containerd before 1.6.21, and of 1.7.0, reads runtime_path and does not use it. There smr-runtime is the stock shim's
+BinaryName instead; what that shim itself would add is the prefetch at its start.
+
 How files named by `imports` come together (containerd's config.go, read at 1.6.20, 1.7.27, 2.0, 2.1, 2.2, 2.3):
 
     1.6, 1.7    a plugin's table in a later file replaces that of earlier files whole, so a drop-in would drop the node's own
@@ -34,6 +37,8 @@ CONFIG = Path("/etc/containerd/config.toml")
 DROP_IN = "99-smr.toml"
 RUNTIME = "smr"
 ANNOTATIONS = ["smr.*", "smr.*/*"]  # path.Match patterns: the second is for keys with a slash
+# A pod's own word for which of its containers is meant.
+POD_ANNOTATIONS = [*ANNOTATIONS, "kubectl.kubernetes.io/default-container"]
 RUNC: Table = {"runtime_type": "io.containerd.runc.v2"}
 _PLUGIN = {0: "cri", 1: "cri", 2: "io.containerd.grpc.v1.cri"}
 PLUGIN_V3 = "io.containerd.cri.v1.runtime"
@@ -51,8 +56,16 @@ class Source:
     ours: bool  # an earlier run made it, and nobody added anything
 
 
-def plan(site: Site, *, config: Path = CONFIG, major: int | None) -> list[Change]:
-    """What to write. `major` is containerd's version, None where it is not installed (then the file's version decides)."""
+def uses_runtime_path(version: tuple[int, ...]) -> bool:
+    """Whether the CRI of that containerd starts the shim that runtime_path names."""
+    return version >= (1, 7, 1) or (1, 6, 21) <= version < (1, 7)
+
+
+def plan(site: Site, *, config: Path = CONFIG, major: int | None, by_path: bool = True) -> list[Change]:
+    """What to write. `major` is containerd's version, None where it is not installed (then the file's version decides).
+
+    `by_path`: see `uses_runtime_path`.
+    """
     sources = list(_load(site, config))
     main = sources[0] if sources and not sources[0].ours else None
     version = int(str(main.document.get("version", 0))) if main else (3 if major is not None and major >= 2 else 2)
@@ -69,7 +82,8 @@ def plan(site: Site, *, config: Path = CONFIG, major: int | None) -> list[Change
             hint=f"remove runtimes.{RUNTIME} from {config} and what it imports",
             code=Code.CONFIG_INVALID,
         )
-    runtimes: Table = {RUNTIME: _runtime(site, containerd)}
+    runtimes: Table = {RUNTIME: _runtime(site, containerd, by_path)}
+    notes = [] if by_path else _bypassed(containerd)
     if not merges and "runtimes" not in containerd:
         runtimes = {"runc": RUNC, **runtimes}
     table = ["plugins", plugin, "containerd"]
@@ -78,7 +92,7 @@ def plan(site: Site, *, config: Path = CONFIG, major: int | None) -> list[Change
     own = config if main is None else _drop_in(config, main) if merges else None
     if own is not None:
         text = add_tables(f"version = {version}\n", merge(nest(table, default), addition), own)
-        return [File(path=own, text=text, why="containerd: CRI runtime smr")]
+        return [File(path=own, text=text, why="containerd: CRI runtime smr"), *notes]
     target = _target(sources, plugin, merges)
     text = target.text
     if default and has_header(text, table):
@@ -88,20 +102,39 @@ def plan(site: Site, *, config: Path = CONFIG, major: int | None) -> list[Change
     text = add_tables(text, addition, target.path)
     if parse(text, target.path) == parse(target.current, target.path):
         text = target.current  # others may have added lines behind ours
-    return [Edit(path=target.path, text=text, base=target.text, why="containerd: CRI runtime smr")]
+    return [Edit(path=target.path, text=text, base=target.text, why="containerd: CRI runtime smr"), *notes]
 
 
-def _runtime(site: Site, containerd: Table) -> Table:
+def _runtime(site: Site, containerd: Table, by_path: bool) -> Table:
     """Our runtime: the default one's table with our shim, and our annotations passed through beside its own."""
+    base = _base(containerd)
+    passed: Table = {}
+    for key, patterns in (("pod_annotations", POD_ANNOTATIONS), ("container_annotations", ANNOTATIONS)):
+        before = base.get(key)
+        passed[key] = [*(before if isinstance(before, list) else []), *patterns]
+    ours: Table = {**RUNC, "runtime_path": str(site.prefix / "bin/containerd-shim-smr-v1"), **passed}
+    if not by_path:
+        ours["options"] = at(base, "options") | {"BinaryName": str(site.prefix / "bin/smr-runtime")}
+    return base | ours
+
+
+def _base(containerd: Table) -> Table:
+    """The node's default runtime, where it is one of runc's kind, else `runc`."""
     runtimes = at(containerd, "runtimes")
     name = str(containerd.get("default_runtime_name") or "runc")
-    base = next((at(runtimes, each) for each in (name, "runc") if _is_runc(at(runtimes, each))), {})
-    passed = {}
-    for key in ("pod_annotations", "container_annotations"):
-        before = base.get(key)
-        passed[key] = [*(before if isinstance(before, list) else []), *ANNOTATIONS]
-    ours = {**RUNC, "runtime_path": str(site.prefix / "bin/containerd-shim-smr-v1"), **passed}
-    return base | ours
+    return next((at(runtimes, each) for each in (name, "runc") if _is_runc(at(runtimes, each))), {})
+
+
+def _bypassed(containerd: Table) -> list[Change]:
+    name = at(_base(containerd), "options").get("BinaryName")
+    if not name:
+        return []
+    return [
+        Note(
+            f"containerd is too old to start our shim, so smr-runtime takes the place of {name} in the CRI runtime '{RUNTIME}': "
+            f"name it in /etc/smr/runtime, or update containerd to 1.6.21 or 1.7.1"
+        )
+    ]
 
 
 def _is_runc(runtime: Table) -> bool:

@@ -28,13 +28,13 @@ def binary() -> Path | None:
     return Path(found) if found else None
 
 
-def major_version(containerd: Path) -> int:
-    """1 or 2; the version is printed as `containerd SOURCE VERSION REVISION`."""
+def version(containerd: Path) -> tuple[int, int, int]:
+    """Such as (1, 6, 20); the version is printed as `containerd SOURCE VERSION REVISION`."""
     output = run([containerd, "--version"], code=Code.ENGINE_FAILED).stdout
-    match = re.search(r"\sv?(\d+)\.\d+", output)
+    match = re.search(r"\sv?(\d+)\.(\d+)(?:\.(\d+))?", output)
     if match is None:
         raise SmrError(f"{containerd} --version gives no version: {output.strip()!r}", code=Code.ENGINE_FAILED)
-    return int(match[1])
+    return int(match[1]), int(match[2]), int(match[3] or 0)
 
 
 def dump(containerd: Path, site: Site, config: Path = CONFIG) -> Table:

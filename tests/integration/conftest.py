@@ -22,6 +22,7 @@ from smr.shim.criu import quote_log
 from tests.integration import testimage
 from tests.integration.command import eventually, run
 from tests.integration.containerd import Containerd
+from tests.integration.cri import NEEDED, PLUGINS, Cri
 from tests.integration.node import REPOSITORY, Node
 from tests.integration.podman import Podman
 from tests.integration.runc import Runc
@@ -223,6 +224,43 @@ def containerd(request: pytest.FixtureRequest) -> Containerd:
     return request.getfixturevalue(request.param)
 
 
+@contextlib.contextmanager
+def _cri(machine: Machine, version: str, runtime: str, folder: Path | None) -> Iterator[Cri]:
+    program = folder / "containerd" if folder else shutil.which("containerd", path=_plain_path())
+    if program is None or not Path(program).exists():
+        pytest.skip(f"no containerd {version}: run dev/provision")
+    if missing := [name for name in NEEDED if not (PLUGINS / name).exists()]:
+        pytest.skip(f"no CNI plugins {missing} in {PLUGINS}: run dev/provision")
+    node = machine.node(f"cri-{version}", machine.runtime(runtime))
+    instance = Cri(machine.box.base / f"cri-{version}", node, machine.box, folder=folder, version=version)
+    with instance.serving():
+        instance.load(machine.engines)
+        _started.append(instance)
+        yield instance
+        instance.remove_all()
+        _started.remove(instance)
+
+
+@pytest.fixture(scope="session")
+def cri_1(machine: Machine) -> Iterator[Cri]:
+    """Kubernetes' side of the distribution's containerd (1.6 in Debian 12)."""
+    with _cri(machine, "1.6", "runc", None) as instance:
+        yield instance
+
+
+@pytest.fixture(scope="session")
+def cri_2(machine: Machine) -> Iterator[Cri]:
+    """Kubernetes' side of a newer containerd with a newer runc."""
+    with _cri(machine, "2.x", "runc-new", machine.engines / "containerd-new/bin") as instance:
+        yield instance
+
+
+@pytest.fixture(scope="session", params=["cri_1", "cri_2"])
+def cri(request: pytest.FixtureRequest) -> Cri:
+    """Each containerd's CRI."""
+    return request.getfixturevalue(request.param)
+
+
 @pytest.fixture(scope="session", params=["podman", "containerd_1", "containerd_2"])
 def engine(request: pytest.FixtureRequest) -> Engine:
     """Each engine."""
@@ -360,7 +398,8 @@ def leaks() -> Iterator[None]:
     left = ["not looked"]
 
     def clean() -> bool:
-        left[:] = _boxes[0].snapshot().left_since(before[0])
+        restarted = tuple(f"process {engine.daemon_pid} " for engine in _started if isinstance(engine, Cri))
+        left[:] = [line for line in _boxes[0].snapshot().left_since(before[0]) if not line.startswith(restarted)]
         return not left
 
     try:

@@ -7,11 +7,12 @@ NODE/store run smr.log smr.toml
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tests.integration.command import Done, run
@@ -35,8 +36,8 @@ class Node:
             "SMR_RUNTIME": str(runtime),
             "TMPDIR": str(path.parent / "tmp"),
         }
-        settings = {"store": self.store, "criu": criu, "runtime": runtime, "log": self.log}
-        (path / "smr.toml").write_text("[smr]\n" + "".join(f'{key} = "{value}"\n' for key, value in settings.items()))
+        self._toml: dict[str, object] = {"store": self.store, "criu": criu, "runtime": runtime, "log": self.log}
+        self._write_settings(self._toml)
         self.env: dict[str, str] = {
             **{key: value for key, value in os.environ.items() if not key.startswith(("SMR_", "CONTAINER"))},
             **self.settings,
@@ -46,6 +47,18 @@ class Node:
         self.criu_folder.mkdir()
         (self.criu_folder / "criu").symlink_to(criu)
         self._install()
+
+    def _write_settings(self, settings: Mapping[str, object]) -> None:
+        (self.path / "smr.toml").write_text("[smr]\n" + "".join(f"{key} = {_toml(value)}\n" for key, value in settings.items()))
+
+    @contextlib.contextmanager
+    def setting(self, **settings: object) -> Iterator[None]:
+        """Other settings for a while."""
+        self._write_settings(self._toml | settings)
+        try:
+            yield
+        finally:
+            self._write_settings(self._toml)
 
     def _install(self) -> None:
         for name in _SCRIPTS:
@@ -80,3 +93,7 @@ class Node:
     def log_text(self) -> str:
         """SMR's own log."""
         return self.log.read_text() if self.log.exists() else ""
+
+
+def _toml(value: object) -> str:
+    return json.dumps(value if isinstance(value, int | float) else str(value))

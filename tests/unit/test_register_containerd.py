@@ -78,7 +78,8 @@ def test_no_configuration_makes_one_that_its_containerd_understands(
     smr = cri(change.text, plugin)["runtimes"]["smr"]
     assert smr["runtime_type"] == "io.containerd.runc.v2"
     assert smr["runtime_path"] == "/opt/smr/bin/containerd-shim-smr-v1"
-    assert smr["pod_annotations"] == smr["container_annotations"] == ["smr.*", "smr.*/*"]
+    assert smr["container_annotations"] == ["smr.*", "smr.*/*"]
+    assert smr["pod_annotations"] == ["smr.*", "smr.*/*", "kubectl.kubernetes.io/default-container"]
     assert ("runc" in cri(change.text, plugin)["runtimes"]) == (major != 2)
 
 
@@ -107,7 +108,7 @@ def test_the_default_runtime_is_copied_with_its_options(site: Site) -> None:
     assert isinstance(change, Edit)
     runtimes = cri(change.text)["runtimes"]
     assert runtimes["smr"]["options"] == {"BinaryName": "/usr/bin/nvidia-container-runtime", "SystemdCgroup": True}
-    assert runtimes["smr"]["pod_annotations"] == ["nvidia.*", "smr.*", "smr.*/*"]
+    assert runtimes["smr"]["pod_annotations"] == ["nvidia.*", "smr.*", "smr.*/*", "kubectl.kubernetes.io/default-container"]
     assert runtimes["nvidia"] == cri(NODE)["runtimes"]["nvidia"]
     assert set(runtimes) == {"nvidia", "smr"}  # the node itself has given up the built-in runc
     assert cri(change.text)["default_runtime_name"] == "nvidia"
@@ -283,3 +284,30 @@ def test_comparison_refuses_a_default_that_does_not_take(site: Site) -> None:
     """Another file may set default_runtime_name after ours."""
     with pytest.raises(SmrError, match="default_runtime_name is 'runc'"):
         compare(dump(runc=RUNC), dump(runc=RUNC, smr=SMR), default(site))
+
+
+@pytest.mark.parametrize(
+    ("version", "uses"),
+    [((1, 5, 18), False), ((1, 6, 20), False), ((1, 6, 21), True), ((1, 7, 0), False), ((1, 7, 1), True), ((2, 1, 9), True)],
+)
+def test_versions_whose_cri_starts_our_shim(version: tuple[int, ...], uses: bool) -> None:
+    """1.6.21 and 1.7.1 are the first that use runtime_path."""
+    assert containerd.uses_runtime_path(version) is uses
+
+
+def test_a_containerd_that_does_not_start_our_shim_runs_our_runtime(site: Site) -> None:
+    """BinaryName is smr-runtime then; what it replaces is told, because it has to be named elsewhere."""
+    write(site, NODE)
+    change, note = containerd.plan(site, major=1, by_path=False)
+    assert isinstance(change, Edit)
+    assert cri(change.text)["runtimes"]["smr"]["options"] == {"BinaryName": "/opt/smr/bin/smr-runtime", "SystemdCgroup": True}
+    assert isinstance(note, Note)
+    assert "/usr/bin/nvidia-container-runtime" in note.text
+    assert "/etc/smr/runtime" in note.text
+
+
+def test_an_old_containerd_without_a_binary_name_needs_no_word(site: Site) -> None:
+    """Nothing is replaced, so nothing is told."""
+    (change,) = containerd.plan(site, major=1, by_path=False)
+    assert isinstance(change, File)
+    assert cri(change.text)["runtimes"]["smr"]["options"] == {"BinaryName": "/opt/smr/bin/smr-runtime"}
