@@ -17,6 +17,8 @@ from tests.integration.cri import EXITED, RUNNING, TOKEN_FOLDER, Cri, CriError, 
 
 FAIL = {"smr.fallback": "fail"}
 IN_A_ROW, AT_ONCE = 6, 3
+# What depends on us alone need not be shown with each containerd.
+newer = pytest.mark.parametrize("cri", ["cri_2"], indirect=True)
 _images: dict[str, Image] = {}
 
 
@@ -59,7 +61,7 @@ def cold(cri: Cri, pod: Pod, name: str = "server") -> str:
     return str(record["reason"])
 
 
-@pytest.mark.parametrize("handler", ["smr", ""], ids=["RuntimeClass", "default"])
+@pytest.mark.parametrize(("cri", "handler"), [("cri_1", "smr"), ("cri_2", "smr"), ("cri_2", "")], indirect=["cri"])
 def test_a_restored_pod_is_a_pod_like_any(cri: Cri, image: Image, handler: str) -> None:
     """Address, probes, exec, port-forward, names, volumes, token, limits, termination message, log and grace are the pod's."""
     pod = restored(cri, image, handler=handler, memory_bytes=256 << 20)
@@ -89,6 +91,7 @@ def test_a_restored_pod_is_a_pod_like_any(cri: Cri, image: Image, handler: str) 
     assert (status.state, status.exit_code) == (EXITED, 7)
 
 
+@newer
 def test_a_container_that_does_not_end_is_killed_after_its_grace(cri: Cri, image: Image) -> None:
     """SIGTERM first, SIGKILL when the grace is over."""
     pod = restored(cri, image)
@@ -97,14 +100,15 @@ def test_a_container_that_does_not_end_is_killed_after_its_grace(cri: Cri, image
 
 
 @pytest.mark.parametrize(
-    "keys",
+    ("cri", "keys"),
     [
-        {"smr.restore": "app:1"},
-        {"smr.restore.server": "app:1"},
-        {"smr.restore": "app:1", "smr.container": "server"},
-        {"smr.restore": "app:1", "kubectl.kubernetes.io/default-container": "server"},
+        ("cri_1", {"smr.restore": "app:1"}),
+        ("cri_1", {"smr.restore.server": "app:1"}),
+        ("cri_2", {"smr.restore": "app:1"}),
+        ("cri_2", {"smr.restore": "app:1", "kubectl.kubernetes.io/default-container": "server"}),
     ],
-    ids=["by-image", "by-name", "named", "default-container"],
+    ids=["1.6-by-image", "1.6-by-name", "2.x-by-image", "2.x-default-container"],
+    indirect=["cri"],
 )
 def test_one_of_a_pods_containers_is_restored(cri: Cri, image: Image, keys: dict[str, str]) -> None:
     """The application container; not the sandbox, not an init container of the same image, not a sidecar of the same image."""
@@ -121,6 +125,7 @@ def test_one_of_a_pods_containers_is_restored(cri: Cri, image: Image, keys: dict
     assert cri.pod_log(pod, "sidecar") == f"ready {sidecar['boot']}\n"
 
 
+@newer
 def test_two_keys_for_one_container(cri: Cri, image: Image) -> None:
     """The pod starts cold and says which keys; a pod that asked to fail does."""
     keys = {"smr.restore": "app:1", "smr.restore.server": "other:1"}
@@ -133,6 +138,7 @@ def test_two_keys_for_one_container(cri: Cri, image: Image) -> None:
         cri.run_container(pod, "server", "workers")
 
 
+@newer
 def test_an_image_of_another_namespace(cri: Cri, image: Image) -> None:
     """Memory of one tenant is not another's: the pod starts cold and says so, unless the node's settings share images."""
     pod = cri.run_pod("theirs", {"smr.restore": image.name}, namespace="other", volumes=["data"])
@@ -145,6 +151,7 @@ def test_an_image_of_another_namespace(cri: Cri, image: Image) -> None:
     assert cri.probe(pod, "count")["boot"] == image.boot
 
 
+@newer
 def test_a_node_that_cannot_restore(cri: Cri, image: Image, tmp_path: Path) -> None:
     """Where CRIU does not work the pod starts cold with the reason; a pod that asked to fail gets it from the engine."""
     broken = tmp_path / "criu"
@@ -159,6 +166,7 @@ def test_a_node_that_cannot_restore(cri: Cri, image: Image, tmp_path: Path) -> N
             restored(cri, image, "fails")
 
 
+@newer
 def test_unknown_annotations_fail_the_container(cri: Cri) -> None:
     """A mistyped key is told by the engine, with the right one: a cold start without a word would be worse."""
     pod = cri.run_pod("again", {"smr.resotre": "app:1"})
@@ -166,6 +174,7 @@ def test_unknown_annotations_fail_the_container(cri: Cri) -> None:
         cri.run_container(pod, "server", "workers")
 
 
+@newer
 def test_a_restarted_container_restores_again_until_it_gives_up(cri: Cri, image: Image) -> None:
     """A container that ends is restored in the same pod; when that has ended early three times, it starts cold."""
     pod = cri.run_pod("again", {"smr.restore": image.name}, volumes=["data"])
