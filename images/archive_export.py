@@ -154,7 +154,9 @@ def _changes(reader: TarReader, changes: TarWriter, deleted: list[str], written:
             yield f"{names(parts[:-1])} was emptied and filled again: what the image has there will be visible"
         elif parts[-1].startswith(WHITEOUT):
             deleted.append(names((*parts[:-1], parts[-1].removeprefix(WHITEOUT))))
-        else:
+        elif entry.kind in (Kind.CHAR, Kind.BLOCK):
+            yield f"{names(parts)} is a device node, and left out"
+        elif entry.kind is not Kind.SOCKET:  # CRIU makes those that are bound
             written.add(names(parts))
             if entry.kind is Kind.FILE:
                 changes.add_stored(entry, reader.read_some)

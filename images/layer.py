@@ -1,8 +1,9 @@
 """The writable layer of a container, taken from an overlay's upper directory and put onto another container's root.
 
 `diff_overlay` writes an OCI layer: a tar where `.wh.NAME` removes NAME and `.wh..wh..opq` hides what lower layers have in its
-directory. `apply_layer` applies one to a merged, mounted root, keeping in `undo_dir` what it replaces (see `smr.images.undo`), so
-that a restore that fails later, or a process that is killed, leaves the root as it was.
+directory; `diff_tree` does so for a root that is no overlay. `apply_layer` applies one to a merged, mounted root, keeping in
+`undo_dir` what it replaces (see `smr.images.undo`), so that a restore that fails later, or a process that is killed, leaves the
+root as it was.
 `pack_tree` and `unpack_tree` carry the contents of an external tmpfs such as /dev/shm, without whiteouts.
 """
 
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smr.images.overlay import Walker
-from smr.images.pack import OPAQUE, WHITEOUT, Content, DiffStats, Packer
+from smr.images.pack import OPAQUE, WHITEOUT, Content, Devices, DiffStats, Packer, no_devices
 from smr.images.tar import Entry, Kind, TarWriter
 from smr.images.tar_reader import FileStream, Limits, Owners, TarReader
 from smr.images.tarsafe import (
@@ -33,9 +34,10 @@ from smr.images.tarsafe import (
     unpack,
     unsafe,
 )
+from smr.images.treediff import TreeDiffer
 from smr.images.undo import Journal, undo_from
 
-__all__ = ["Applied", "DiffStats", "apply_layer", "diff_overlay", "pack_tree", "undo_from", "unpack_tree"]
+__all__ = ["Applied", "DiffStats", "apply_layer", "diff_overlay", "diff_tree", "pack_tree", "undo_from", "unpack_tree"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,13 +58,38 @@ class Applied:
         Journal.discard(self.undo_dir)
 
 
-def diff_overlay(upper: Path, lowers: Sequence[Path], out: Path, *, exclude: Collection[str]) -> DiffStats:
+def diff_overlay(
+    upper: Path,
+    lowers: Sequence[Path],
+    out: Path,
+    *,
+    exclude: Collection[str],
+    marks_in_names: bool = False,
+    devices: Devices = no_devices,
+) -> DiffStats:
     """Write to the new file `out` what `upper` changes. `lowers` has the highest first, as in the mount's `lowerdir`.
 
-    `exclude` holds absolute paths in the container; they and all below are left out. Raises ROOTFS_FAILED, DISK_FULL.
+    `exclude` holds absolute paths in the container; they and all below are left out. `marks_in_names`: the upper directory is
+    fuse-overlayfs's. `devices` says which device nodes are taken. Raises ROOTFS_FAILED, DISK_FULL.
     """
-    walker = Walker(upper, lowers, exclude={safe_parts(path.lstrip("/")) for path in exclude})
-    return _pack(walker, out, content=Content.LAYER)
+    walker = Walker(upper, lowers, exclude=_excluded(exclude), marks_in_names=marks_in_names)
+    return _pack(walker, out, content=Content.LAYER, devices=devices)
+
+
+def diff_tree(
+    root: Path, base: Path | None, out: Path, *, since_ns: int, exclude: Collection[str], devices: Devices = no_devices
+) -> DiffStats:
+    """Write to the new file `out` what was changed in the directory `root`, which has no upper directory.
+
+    `base` is the directory it was made from, None where nobody knows; `since_ns` (since the epoch) is before the first change.
+    What each means is in `smr.images.treediff`. `exclude`, `devices` and errors as for `diff_overlay`.
+    """
+    walker = TreeDiffer(root, base, since_ns=since_ns, exclude=_excluded(exclude))
+    return _pack(walker, out, content=Content.LAYER, devices=devices)
+
+
+def _excluded(paths: Collection[str]) -> set[Parts]:
+    return {safe_parts(path.lstrip("/")) for path in paths}
 
 
 def pack_tree(tree: Path, out: Path) -> DiffStats:
@@ -76,17 +103,26 @@ def unpack_tree(tar: Path, target: Path, *, limits: Limits | None = None, owners
         return unpack(reader, target, overwrite=True)
 
 
-def apply_layer(tar: Path, root: Path, undo_dir: Path, *, limits: Limits | None = None, owners: Owners | None = None) -> Applied:
+def apply_layer(
+    tar: Path,
+    root: Path,
+    undo_dir: Path,
+    *,
+    limits: Limits | None = None,
+    owners: Owners | None = None,
+    devices: Devices = no_devices,
+) -> Applied:
     """Apply an OCI layer to the mounted container root `root`. `undo_dir` must not hold an earlier journal.
 
     `owners` make of the layer's user and group ids those of this root, where the container has another user namespace.
-    When it fails, the root is as it was. Raises ARCHIVE_UNSAFE, ARCHIVE_INVALID, ROOTFS_FAILED, DISK_FULL.
+    `devices` says which device nodes the container may have; any other is ARCHIVE_UNSAFE. When it fails, the root is as it was.
+    Raises ARCHIVE_UNSAFE, ARCHIVE_INVALID, ROOTFS_FAILED, DISK_FULL.
     """
     with ExitStack() as held:
         reader = held.enter_context(_reading(tar, limits, owners))
         held.enter_context(disk_errors(f"applying {tar.name} to {root}"))
         tree = held.enter_context(Tree(root))
-        applier = _Applier(tree, held.enter_context(Journal(undo_dir, tree)), reader)
+        applier = _Applier(tree, held.enter_context(Journal(undo_dir, tree)), reader, devices)
         try:
             applier.run()
         except BaseException:
@@ -98,7 +134,8 @@ def apply_layer(tar: Path, root: Path, undo_dir: Path, *, limits: Limits | None 
 class _Applier:
     """One application of a layer: what is new, what was written, and what has to be done at its end."""
 
-    def __init__(self, tree: Tree, journal: Journal, reader: TarReader) -> None:
+    def __init__(self, tree: Tree, journal: Journal, reader: TarReader, devices: Devices) -> None:
+        self._devices = devices
         self._tree = tree
         self._journal = journal
         self._reader = reader
@@ -122,8 +159,9 @@ class _Applier:
             return  # aufs's own files
         elif name.startswith(WHITEOUT):
             self._remove((*parts[:-1], _whited_out(entry, name)))
-        elif entry.kind in (Kind.CHAR, Kind.BLOCK):
-            raise unsafe(entry.name, "it is a device node")
+        elif entry.kind in (Kind.CHAR, Kind.BLOCK) and not self._devices(entry):
+            kind, (major, minor) = "c" if entry.kind is Kind.CHAR else "b", entry.device
+            raise unsafe(entry.name, f"it is a device node ({kind} {major}:{minor}) that this container may not use")
         else:
             self._put(parts, entry)
 
@@ -139,7 +177,7 @@ class _Applier:
         self._journal.about_to_replace(parts, found)
         if found is not None:
             self._tree.remove(parts)
-        create(self._tree, parts, entry, self._reader)
+        create(self._tree, parts, entry, self._reader, devices=True)
         if entry.kind is Kind.DIRECTORY:
             self._directories[parts] = entry
 
@@ -204,12 +242,12 @@ def _reading(tar: Path, limits: Limits | None, owners: Owners | None) -> Iterato
         os.close(fd)
 
 
-def _pack(walker: Walker, out: Path, *, content: Content) -> DiffStats:
+def _pack(walker: Walker | TreeDiffer, out: Path, *, content: Content, devices: Devices = no_devices) -> DiffStats:
     with disk_errors(f"writing {out}"):
         fd = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             with TarWriter(fd) as writer:
-                packer = Packer(writer, content)
+                packer = Packer(writer, content, devices)
                 for found in walker:
                     packer.add(found)
             return packer.stats(excluded=walker.excluded)

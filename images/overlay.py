@@ -7,7 +7,8 @@ Overlay's marks (Documentation/filesystems/overlayfs.rst): a whiteout is a chara
 the attribute `overlay.whiteout`; `overlay.opaque` = y hides a directory of the lower layers; `overlay.redirect` says that a
 renamed directory (or a file with `overlay.metacopy`) has its content elsewhere in the lower layers. The attributes' namespace is
 `trusted.`, or `user.` for mounts with `userxattr`. A renamed directory is walked merged with its lower content, behind an opaque
-mark.
+mark. fuse-overlayfs has the same marks, and others by name where it may not make devices (and both for an opaque directory):
+`.wh.NAME`, `.wh..wh..opq`, `.wh..opq`; such names mean that only when `marks_in_names`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from smr.images.tarsafe import Parts, read_xattrs, safe_parts
 from smr.proto.errors import Code, SmrError
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_MAX_DEPTH = 256
+MAX_DEPTH = 256
+_WHITEOUT = ".wh."
+_OPAQUE_NAMES = frozenset({".wh..wh..opq", ".wh..opq"})
 
 
 class Mark(Enum):
@@ -71,8 +74,10 @@ class Walker:
         exclude: Collection[Parts] = (),
         overlay: bool = True,
         prefix: Parts = (),
+        marks_in_names: bool = False,
     ) -> None:
         self._top = top
+        self._marks_in_names = marks_in_names
         self._prefix = prefix
         self._lowers = [lower.resolve() for lower in lowers]  # containers/storage names them by links
         self._exclude = frozenset(exclude)
@@ -89,8 +94,8 @@ class Walker:
             os.close(root)
 
     def _directory(self, place: _Place) -> Iterator[Found]:
-        if len(place.path) > _MAX_DEPTH:
-            raise SmrError(f"/{'/'.join(place.path[:8])}/... is more than {_MAX_DEPTH} directories deep", code=Code.UNSUPPORTED)
+        if len(place.path) > MAX_DEPTH:
+            raise SmrError(f"/{'/'.join(place.path[:8])}/... is more than {MAX_DEPTH} directories deep", code=Code.UNSUPPORTED)
         seen: set[str] = set()
         for depth, layer in enumerate(place.layers):
             with os.scandir(layer) as entries:
@@ -106,6 +111,9 @@ class Walker:
             self.excluded += 1
             return
         parent = place.layers[depth]
+        if self._marks_in_names and name.startswith(_WHITEOUT):
+            yield from self._named_mark(path, parent)
+            return
         try:
             status = os.stat(name, dir_fd=parent, follow_symlinks=False)
             attributes = read_xattrs(parent, name)
@@ -120,6 +128,13 @@ class Walker:
         yield found
         if stat.S_ISDIR(status.st_mode):
             yield from self._enter(place, depth, found)
+
+    def _named_mark(self, path: Parts, parent: int) -> Iterator[Found]:
+        if path[-1] not in _OPAQUE_NAMES:
+            hidden = (*path[:-1], path[-1].removeprefix(_WHITEOUT))
+            yield Found(mark=Mark.WHITEOUT, path=hidden, parent=parent, stat=os.fstat(parent), xattrs={})
+        elif path[-1] == ".wh..wh..opq":  # there is one wherever there is the other
+            yield Found(mark=Mark.OPAQUE, path=path[:-1], parent=parent, stat=os.fstat(parent), xattrs={})
 
     def _enter(self, place: _Place, depth: int, found: Found) -> Iterator[Found]:
         name, redirect = found.path[-1], _attribute(found.xattrs, "redirect") if self._overlay else None

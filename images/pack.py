@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from enum import Enum, auto
 
@@ -29,11 +30,20 @@ _KINDS = {
 }
 
 
-_COUNTED = {Kind.DIRECTORY: "directories", Kind.FIFO: "fifos", Kind.SYMLINK: "links"}
+_COUNTED = {Kind.DIRECTORY: "directories", Kind.FIFO: "fifos", Kind.SYMLINK: "links", Kind.SOCKET: "sockets"}
+
+
+# Which device nodes are let through.
+Devices = Callable[[Entry], bool]
+
+
+def no_devices(_: Entry) -> bool:
+    """None."""
+    return False
 
 
 class Content(Enum):
-    """What a pack is for: a LAYER has whiteouts and no devices, a TREE no devices, ALL is complete and for SMR's own eyes."""
+    """What a pack is for: a LAYER has whiteouts, sockets and chosen devices, a TREE neither, ALL is for SMR's own eyes."""
 
     LAYER = auto()
     TREE = auto()
@@ -42,12 +52,13 @@ class Content(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiffStats:
-    """What a packed tree held. Left out are sockets (CRIU makes bound ones again), device nodes and names that OCI reserves."""
+    """What a packed tree held. Left out are a TREE's sockets, device nodes that were not chosen, and names that OCI reserves."""
 
     files: int = 0
     directories: int = 0
     links: int = 0
     fifos: int = 0
+    sockets: int = 0
     others: int = 0
     whiteouts: int = 0
     opaque: int = 0
@@ -61,16 +72,17 @@ class DiffStats:
     @property
     def empty(self) -> bool:
         """Whether applying it would change nothing but the times of directories."""
-        return not (self.files or self.links or self.fifos or self.whiteouts or self.opaque or self.directories > 1)
+        made = self.files or self.links or self.fifos or self.sockets or self.others
+        return not (made or self.whiteouts or self.opaque or self.directories > 1)
 
 
 class Packer:
     """Writes what a walk finds to a tar, hard links as such, and counts."""
 
-    def __init__(self, writer: TarWriter, content: Content) -> None:
+    def __init__(self, writer: TarWriter, content: Content, devices: Devices = no_devices) -> None:
         self._writer = writer
-        self._layer = content is Content.LAYER
-        self._all = content is Content.ALL
+        self._content = content
+        self._devices = devices
         self._links: dict[tuple[int, int], str] = {}
         self._counts = dict.fromkeys((field.name for field in fields(DiffStats)), 0)
 
@@ -80,11 +92,11 @@ class Packer:
             self._mark("whiteouts", (*found.path[:-1], WHITEOUT + found.path[-1]))
         elif found.mark is Mark.OPAQUE:
             self._mark("opaque", (*found.path, OPAQUE))
-        elif self._layer and found.path and found.path[-1].startswith(WHITEOUT):
+        elif self._content is Content.LAYER and found.path and found.path[-1].startswith(WHITEOUT):
             self._counts["names_skipped"] += 1
-        elif stat.S_ISSOCK(found.stat.st_mode) and not self._all:
+        elif self._content is Content.TREE and stat.S_ISSOCK(found.stat.st_mode):
             self._counts["sockets_skipped"] += 1
-        elif stat.S_IFMT(found.stat.st_mode) in (stat.S_IFCHR, stat.S_IFBLK) and not self._all:
+        elif self._is_left_out_device(found):
             self._counts["devices_skipped"] += 1
         else:
             self._object(found)
@@ -92,6 +104,11 @@ class Packer:
     def stats(self, *, excluded: int = 0) -> DiffStats:
         """The counts so far."""
         return DiffStats(**self._counts | {"excluded": excluded, "tar_bytes": self._writer.written_bytes})
+
+    def _is_left_out_device(self, found: Found) -> bool:
+        if self._content is Content.ALL or stat.S_IFMT(found.stat.st_mode) not in (stat.S_IFCHR, stat.S_IFBLK):
+            return False
+        return self._content is Content.TREE or not self._devices(entry_of(found))
 
     def _mark(self, what: str, path: Parts) -> None:
         self._counts[what] += 1

@@ -36,7 +36,7 @@ class Kind(Enum):
     BLOCK = b"4"
     DIRECTORY = b"5"
     FIFO = b"6"
-    SOCKET = b"s"  # ours alone, in what an undo keeps
+    SOCKET = b"s"  # ours alone: no standard has one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,7 +26,10 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAX_DEPTH = 256
 # Labels are the new container's own; overlay's marks would reach the layer below ours.
-_FOREIGN_XATTRS = ("trusted.overlay.", "user.overlay.", "security.selinux", "security.ima", "security.evm")
+_FOREIGN_XATTRS = (
+    *("trusted.overlay.", "user.overlay.", "user.fuseoverlayfs."),
+    *("security.selinux", "security.ima", "security.evm"),
+)
 
 
 def unsafe(what: str, why: str) -> SmrError:
@@ -130,7 +133,7 @@ def create(tree: Tree, parts: Parts, entry: Entry, reader: TarReader, *, devices
     """Make the object of `entry` at `parts`, where nothing may be and whose parent must exist, with all its metadata.
 
     A directory's time is set as well, and changes with what is put in later. A hard link's target is looked up inside the tree.
-    `devices` is for archives that SMR itself has written.
+    `devices`: sockets, and device nodes, which the caller has judged, are made too.
     """
     if entry.kind is Kind.HARDLINK:
         _hardlink(tree, parts, entry)

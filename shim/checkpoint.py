@@ -6,7 +6,7 @@
     dump        CRIU through the real runtime, leave-running; it thaws for the parasite and freezes again. The bulk of the pages
                 is read into segments beside it (smr.shim.lazydump)
     pages       the rest of them
-    rootfs      the overlay's upper directory as a layer, and the contents of /dev/shm
+    rootfs      what the container changed in its root as a layer, and the contents of /dev/shm
     thaw        the container runs again
     gpu_back    GPU memory goes back
     resume      the container's own hook; clients go on, `pause_s` ends here
@@ -39,7 +39,7 @@ from smr.images.store import Store
 from smr.proto.annotations import Tcp, check_reference
 from smr.proto.checkpoint import MOUNT_ANNOTATION, CheckpointConfig, Hooks, Host, LayerType, Source
 from smr.proto.errors import Code, SmrError
-from smr.shim import cgroups, clocks, criu, criu_why, inotify, network, preflight, procs, tmpfs
+from smr.shim import cgroups, clocks, criu, criu_why, inotify, network, preflight, procs, rootfs, tmpfs
 from smr.shim.config import Config
 from smr.shim.criu import Criu
 from smr.shim.dump import flags_of, options, session_options
@@ -51,12 +51,9 @@ from smr.shim.hold import Hold, Progress, Stages, held, hooks_of
 from smr.shim.lazydump import dump_pages
 from smr.shim.link_remap import relinked
 from smr.shim.restore import external_destinations
-from smr.shim.rootfs import OverlayMount, overlay_of
+from smr.shim.rootfs import Root
 from smr.shim.run import run
 
-_NO_OVERLAY = (
-    "the root {} is not an overlay: files that the container changed are not in the image, a restore needs them in place"
-)
 # An engine that has not sent its SIGKILL by then is not waited for.
 _STOP_S = 10.0
 
@@ -158,6 +155,7 @@ class _Checkpoint:
         chosen = options(self.tcp) | session_options(self.target.pid) | inotify.dump_options(self.target.pid)
         flags_of(self.target.runtime)  # asks the runtime, which need not be while all wait
         lost: SmrError | None = None
+        root = rootfs.find(self.target, self.config)
         with Store(self.config.store).ingest() as ingest, held(self.target, self.config, self.hooks, stages) as hold:
             hold.quiesce()
             hold.take_gpu()
@@ -167,7 +165,7 @@ class _Checkpoint:
                 hooked = hook_destinations(self.target.pid, self.target.spec)
             hold.freeze()
             pages, warnings = _capture(
-                self.target, ingest, self.tool, chosen, hold, self.config.log.parent, compress=self.compress
+                self.target, root, ingest, self.tool, chosen, hold, self.config.log.parent, compress=self.compress
             )
             # While it holds still: afterwards it may open other sockets than those of the image, or end.
             addresses = _addresses(self.target)
@@ -227,7 +225,7 @@ def _lost(target: Target, image: Image, error: SmrError) -> SmrError:
 
 
 def _capture(
-    target: Target, ingest: Ingest, tool: Criu, chosen: Mapping[str, str], hold: Hold, logs: Path, *, compress: bool
+    target: Target, root: Root, ingest: Ingest, tool: Criu, chosen: Mapping[str, str], hold: Hold, logs: Path, *, compress: bool
 ) -> tuple[Taken | None, tuple[str, ...]]:
     """Everything that needs the container to hold still; returns pages that are not CRIU's to dump, and warnings.
 
@@ -235,15 +233,13 @@ def _capture(
     """
     folder = ingest.path / "criu"
     folder.mkdir(mode=0o700)
-    overlay = overlay_of(target.rootfs)
     out, stage = segments_folder(ingest), hold.stages.stage
     pages = dump_pages(
         target, folder, ingest.path / "work", chosen, tool, hold.guard, logs, out=out, compress=compress, stage=stage
     )
     with hold.stages.stage("rootfs"), relinked(folder, target.pid):
-        _capture_files(target, overlay, ingest.path)
-    unread = "" if overlay is not None or target.spec.rootfs_readonly else _NO_OVERLAY.format(target.rootfs)
-    return pages.taken, tuple(warning for warning in (unread, pages.why) if warning)
+        warnings = _capture_files(target, root, ingest.path)
+    return pages.taken, tuple(warning for warning in (*warnings, pages.why) if warning)
 
 
 def end_frozen(target: Target, thaw: Callable[[], None]) -> None:
@@ -259,13 +255,13 @@ def end_frozen(target: Target, thaw: Callable[[], None]) -> None:
         stopping.result()
 
 
-def _capture_files(target: Target, overlay: OverlayMount | None, folder: Path) -> None:
-    from smr.images.layer import diff_overlay
-
-    exclude = [mount.destination for mount in target.spec.mounts]
-    if overlay is not None:
-        diff_overlay(overlay.upper, overlay.lowers, folder / "rootfs.tar", exclude=exclude)
+def _capture_files(target: Target, root: Root, folder: Path) -> tuple[str, ...]:
+    """Write the layers; what they lack, in words."""
+    warnings: tuple[str, ...] = ()
+    if root.overlay is not None or not target.spec.rootfs_readonly:
+        warnings = root.capture(folder / "rootfs.tar", target.spec)
     tmpfs.capture(target.spec, folder)
+    return warnings
 
 
 def _add_layers(target: Target, ingest: Ingest, pages: Taken | None, *, compress: bool) -> None:

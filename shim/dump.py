@@ -144,6 +144,10 @@ _HINTS = (
     ("io_uring", "io_uring cannot be checkpointed: turn it off in the application (UV_USE_IO_URING=0 for Node.js and uvloop)"),
     ("Can't lookup mount", "a file was opened outside the container's root: give it to the container as a volume"),
     ("Can't get rlimit", "CRIU lacks the right to read limits of another user's process (CAP_SYS_RESOURCE)"),
+    (
+        "trim failed: @link_remap",
+        "a file is deleted and still open on a file system that goes on counting a name for it, as FUSE may",
+    ),
     ("Can't handle non-regular mapping", "a process maps a device that CRIU cannot save: end it before the checkpoint"),
 )
 

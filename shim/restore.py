@@ -217,6 +217,7 @@ def stop_prefetch(process: subprocess.Popen[bytes] | None) -> None:
 def apply_rootfs(state: ContainerState, image: Image, spec: Spec) -> None:
     """Apply the checkpoint's writable layer; the journal's place is recorded before the first change."""
     from smr.images.layer import apply_layer
+    from smr.shim.device_rules import usable
 
     layers = image.layers_of(LayerType.ROOTFS)
     if not layers:
@@ -226,7 +227,7 @@ def apply_rootfs(state: ContainerState, image: Image, spec: Spec) -> None:
     state.save()
     for layer in layers:
         owners = userns.shifts(parse_spec(image.config.spec), spec)
-        apply_layer(layer.path, Path(state.record.rootfs), state.undo_dir, owners=owners)
+        apply_layer(layer.path, Path(state.record.rootfs), state.undo_dir, owners=owners, devices=usable(spec))
 
 
 @contextlib.contextmanager

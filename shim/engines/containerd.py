@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 from smr.proto.errors import Code, SmrError
-from smr.proto.oci import Spec, as_object, load_spec
+from smr.proto.oci import Json, Spec, as_object, load_spec
 from smr.shim.engines import runtime_state
 from smr.shim.engines.target import Engine, Target
 from smr.shim.run import run
@@ -105,6 +105,12 @@ def stop(target: Target) -> None:
     run(ctr(target.namespace, "task", "kill", "--signal", "SIGKILL", target.id), timeout_s=60, code=Code.ENGINE_FAILED)
 
 
+def info(namespace: str, container_id: str, *, socket: str = "") -> Json:
+    """What containerd keeps of a container: Image, Snapshotter, SnapshotKey, CreatedAt... ENGINE_FAILED when it knows none."""
+    argv = ctr(namespace, "containers", "info", container_id, socket=socket)
+    return as_object(json.loads(run(argv, timeout_s=20, code=Code.ENGINE_FAILED).stdout), "ctr containers info")
+
+
 def source_of_bundle(bundle: Path, container_id: str) -> tuple[str, str] | None:
     """Name and manifest digest of a container's image; None when the bundle is not containerd's or the root is no image."""
     if bundle.parent.parent.name != _TASKS:
@@ -112,10 +118,10 @@ def source_of_bundle(bundle: Path, container_id: str) -> tuple[str, str] | None:
     namespace = bundle.parent.name
     # Within the shim CONTAINERD_ADDRESS is not set, but the state directory shows where the socket is.
     socket = os.environ.get("CONTAINERD_ADDRESS") or str(bundle.parent.parent.parent / "containerd.sock")
-    info = run(ctr(namespace, "containers", "info", container_id, socket=socket), timeout_s=20, check=False)
-    if info.returncode != 0:
+    try:
+        image = str(info(namespace, container_id, socket=socket).get("Image") or "")
+    except SmrError:
         return None
-    image = str(as_object(json.loads(info.stdout), "ctr containers info").get("Image") or "")
     if not image:
         return None
     listed = run(ctr(namespace, "images", "ls", f"name=={image}", socket=socket), timeout_s=20, check=False)

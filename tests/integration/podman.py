@@ -35,9 +35,11 @@ default_network = "smrt"
 """
 _STORAGE = """
 [storage]
-driver = "overlay"
+driver = "{driver}"
 graphroot = "{base}/storage"
 runroot = "{base}/runroot"
+[storage.options.overlay]
+{options}
 """
 
 
@@ -46,12 +48,13 @@ class Podman:
 
     name = "podman"
 
-    def __init__(self, path: Path, node: Node, box: Sandbox) -> None:
+    def __init__(self, path: Path, node: Node, box: Sandbox, *, driver: str = "overlay", options: str = "") -> None:
+        """`driver` of the storage, `options` lines of storage.conf for the overlay driver."""
         self.path, self.node, self.parent = path, node, f"/{box.token}"
         for folder in ("tmp", "copy", "networks"):
             (path / folder).mkdir(parents=True)
         (path / "containers.conf").write_text(_CONF.format(base=path, node=node, path=node.env["PATH"]))
-        (path / "storage.conf").write_text(_STORAGE.format(base=path))
+        (path / "storage.conf").write_text(_STORAGE.format(base=path, driver=driver, options=options))
         self._write_network()
         self.env = {
             **node.env,
