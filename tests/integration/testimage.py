@@ -17,10 +17,12 @@ import subprocess
 import tarfile
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 NAME = "localhost/smr-test:1"
-_KEPT_S = 24 * 3600
+# An image that another version of the tests has made may be in use by it.
+_KEPT_S = 86400
 _APPLETS = (
     *("sh", "cat", "ls", "ps", "id", "kill", "sleep", "wget", "stat", "mkdir", "touch", "rm", "echo", "head", "tail", "env"),
     *("true", "false", "hostname", "ip", "mount", "test", "dd", "sync", "nc", "grep"),
@@ -37,23 +39,36 @@ _FILES = {
 
 def archive(engines: Path) -> Path:
     """The OCI archive of the test image, made when it is not there yet. LookupError when the packages are missing."""
-    debs = sorted((engines / "debs").glob("*.deb"))
-    if not (engines / "debs/.done").exists() or not debs:
-        raise LookupError(f"no packages for the test image in {engines}/debs: run dev/provision")
-    workload = Path(__file__).with_name("workload.py")
-    key = hashlib.sha256(Path(__file__).read_bytes() + workload.read_bytes() + "".join(deb.name for deb in debs).encode())
-    target = engines / f"image-{key.hexdigest()[:16]}.tar"
+    return make(engines, "image", NAME, ("debs",), {"app/workload.py": Path(__file__).with_name("workload.py")})
+
+
+def make(engines: Path, kind: str, name: str, folders: tuple[str, ...], copies: Mapping[str, Path]) -> Path:
+    """An archive KIND-HASH.tar in ENGINES of the image `name`: packages of these folders of ENGINES, and files by their place."""
+    debs = []
+    for folder in folders:
+        if not (engines / folder / ".done").exists():
+            raise LookupError(f"no packages for {name} in {engines / folder}: run dev/provision")
+        debs += sorted((engines / folder).glob("*.deb"))
+    key = hashlib.sha256(Path(__file__).read_bytes() + "".join(deb.name for deb in debs).encode())
+    for place, file in sorted(copies.items()):
+        key.update(place.encode() + file.read_bytes())
+    target = engines / f"{kind}-{key.hexdigest()[:16]}.tar"
     if not target.exists():
-        for old in engines.glob("image-*"):
-            if time.time() - old.stat().st_mtime > _KEPT_S:  # another version of the tests may run beside this one
+        for old in engines.glob(f"{kind}-*"):
+            if old.stat().st_mtime < time.time() - _KEPT_S:
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
-        _build(debs, workload, target)
+        _build(debs, copies, target, name)
     return target
 
 
 def rootfs(engines: Path, into: Path) -> Path:
     """Unpack the image's files in an empty directory `into`, for runtimes that are driven by hand."""
-    with tarfile.open(archive(engines)) as outer:
+    return unpack(archive(engines), into)
+
+
+def unpack(image: Path, into: Path) -> Path:
+    """Unpack the files of an archive that `make` has made."""
+    with tarfile.open(image) as outer:
         manifest = json.load(_member(outer, json.load(_member(outer, "index.json"))["manifests"][0]["digest"]))
         layer = _member(outer, manifest["layers"][0]["digest"])
         with tarfile.open(fileobj=layer, mode="r|gz") as inner:
@@ -67,18 +82,18 @@ def _member(outer: tarfile.TarFile, name: str) -> io.BufferedReader:
     return file  # type: ignore[return-value]
 
 
-def _build(debs: list[Path], workload: Path, target: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix="image-") as scratch:
+def _build(debs: list[Path], copies: Mapping[str, Path], target: Path, name: str) -> None:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{target.stem}-") as scratch:
         tree = Path(scratch, "tree")
-        _fill(tree, debs, workload)
+        _fill(tree, debs, copies)
         layer = Path(scratch, "layer.tar.gz")
         diff_id = _pack(tree, layer)
         partial = Path(scratch, "image.tar")
-        _write_oci(partial, layer, diff_id)
+        _write_oci(partial, layer, diff_id, name)
         partial.rename(target)
 
 
-def _fill(tree: Path, debs: list[Path], workload: Path) -> None:
+def _fill(tree: Path, debs: list[Path], copies: Mapping[str, Path]) -> None:
     for deb in debs:
         subprocess.run(["dpkg-deb", "-x", deb, tree], check=True)
     for path in _PRUNE:
@@ -95,7 +110,9 @@ def _fill(tree: Path, debs: list[Path], workload: Path) -> None:
     (tree / "usr/bin/python3").symlink_to("python3.11")
     for path, text in _FILES.items():
         (tree / path).write_text(text)
-    shutil.copy(workload, tree / "app/workload.py")
+    for place, file in copies.items():
+        (tree / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, tree / place)
 
 
 def _pack(tree: Path, layer: Path) -> str:
@@ -122,7 +139,7 @@ def _owned_by_root(info: tarfile.TarInfo) -> tarfile.TarInfo:
     return info
 
 
-def _write_oci(target: Path, layer: Path, diff_id: str) -> None:
+def _write_oci(target: Path, layer: Path, diff_id: str, name: str) -> None:
     machine = {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine, os.uname().machine)
     config = {
         "architecture": machine,
@@ -146,7 +163,7 @@ def _write_oci(target: Path, layer: Path, diff_id: str) -> None:
             "layers": [layer_blob],
         }
         entry = _add_json(outer, manifest, manifest["mediaType"])  # type: ignore[arg-type]
-        entry["annotations"] = {"org.opencontainers.image.ref.name": NAME, "io.containerd.image.name": NAME}
+        entry["annotations"] = {"org.opencontainers.image.ref.name": name, "io.containerd.image.name": name}
         _add_bytes(outer, "index.json", json.dumps({"schemaVersion": 2, "manifests": [entry]}).encode())
         _add_bytes(outer, "oci-layout", b'{"imageLayoutVersion":"1.0.0"}')
 
