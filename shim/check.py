@@ -11,7 +11,7 @@ from enum import StrEnum
 
 from smr.proto.checkpoint import CheckpointConfig
 from smr.proto.errors import SmrError
-from smr.shim import criu, preflight, procs
+from smr.shim import criu, preflight, procs, rootless
 from smr.shim.config import Config
 from smr.shim.engines import podman
 from smr.shim.run import run
@@ -73,9 +73,9 @@ def check_image(config: Config, reference: str) -> list[Finding]:
 
 
 def _rights() -> Iterator[Finding]:
-    if os.geteuid() != 0:
+    if reason := rootless.obstacle():
         yield Finding(
-            code="root", level=Level.ERROR, what="rights", found=f"uid {os.geteuid()}", needed="root", fix="run as root (sudo)"
+            code="root", level=Level.ERROR, what="rights", found=reason, needed="the node's root", fix="run as root (sudo)"
         )
     if not procs.has_capability(procs.CAP_SYS_RESOURCE):
         yield Finding(

@@ -39,7 +39,7 @@ from smr.images.store import Store
 from smr.proto.annotations import Tcp, check_reference
 from smr.proto.checkpoint import MOUNT_ANNOTATION, CheckpointConfig, Hooks, Host, LayerType, Source
 from smr.proto.errors import Code, SmrError
-from smr.shim import cgroups, clocks, criu, criu_why, inotify, network, preflight, procs, rootfs, tmpfs
+from smr.shim import cgroups, clocks, criu, criu_why, inotify, network, preflight, procs, rootfs, rootless, tmpfs
 from smr.shim.config import Config
 from smr.shim.criu import Criu
 from smr.shim.dump import flags_of, options, session_options
@@ -86,6 +86,7 @@ def checkpoint(
     """
     try:
         check_reference(name)
+        rootless.check()
         tool = criu.find(config)
         wanted = hooks or hooks_of(target)
         with _alone(target) as found:

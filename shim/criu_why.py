@@ -28,6 +28,8 @@ _RESTORE = {
     "leave-stopped": "the tree is completed before any of it runs",
     "lazy-pages": "smr.pages=lazy",
     "external": "files of the GPU's driver are this node's",
+    "lsm-profile": "the label that this container has of AppArmor or SELinux",
+    "lsm-mount-context": "the SELinux label of this container's mounts",
 }
 
 

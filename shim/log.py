@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from smr.proto.errors import SmrError
+from smr.shim import rootless
 
 
 def runtime_message(log: Path | None, log_format: str, level: str, message: str) -> None:
@@ -55,4 +56,5 @@ def canonical_line(log: Path, event: str, **values: object) -> None:
             )
             logger.info(event, **values)
     except OSError as error:
-        print(f"smr: cannot write {log}: {error.strerror}", file=sys.stderr)  # noqa: T201
+        if not rootless.obstacle():  # else it is not ours to write, and the reason of a failure is to be the last that is read
+            print(f"smr: cannot write {log}: {error.strerror}", file=sys.stderr)  # noqa: T201

@@ -76,7 +76,7 @@ def check_terminal(old: Spec, new: Spec) -> None:
 
 def check_namespaces(old: Spec, new: Spec) -> None:
     """The kinds of namespaces must be the same: shared with the host, private, or one that the engine made."""
-    for kind in ("network", "pid", "ipc", "uts", "mount", "user", "cgroup"):
+    for kind in ("user", "network", "pid", "ipc", "uts", "mount", "cgroup"):
         before, now = _namespace(old, kind), _namespace(new, kind)
         if before != now:
             raise SmrError(
@@ -133,6 +133,8 @@ def _namespace_hint(kind: str, needed: str) -> str:
             "private": "leave the network to the runtime, as ctr run does without --net-host",
             "engine's": "use an engine's network: podman's bridge, or CNI",
         }[needed]
+    if kind == "user":
+        return "leave out --userns and --uidmap" if needed == "host" else "add --userns=auto, or --uidmap and --gidmap (podman)"
     return f"run with the {needed} {kind} namespace"
 
 

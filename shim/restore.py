@@ -22,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +39,7 @@ from smr.shim import (
     engines,
     extra_mounts,
     identity,
+    lsm,
     mount_flags,
     mount_points,
     mountinfo,
@@ -89,12 +90,12 @@ def restore(call: RuntimeCall, spec: Spec, annotations: Annotations, config: Con
             tmpfs.fill(state, image, spec, annotations)
         with state.stage("rewrite"):
             stack.enter_context(criu_folder(state))
-            rewrite(state, image, spec, annotations, delivery)
+            labels = rewrite(state, image, spec, annotations, delivery)
         if gpu is not None:
             with state.stage("gpu_check"):
                 gpu.check()
         with state.stage("create"):
-            run_restore(call, image, annotations, delivery.options | externals, tool, state)
+            run_restore(call, image, annotations, delivery.options | externals | labels, tool, state)
             note_pid(call, state)
         state.save()
         fit_mounts(state, image, spec, annotations)
@@ -243,8 +244,11 @@ def criu_folder(state: ContainerState) -> Iterator[None]:
         os.close(fd)
 
 
-def rewrite(state: ContainerState, image: Image, spec: Spec, annotations: Annotations, delivery: Delivery) -> None:
-    """CRIU's directory of this restore, edited for the new container; also the spec, where the annotations add mounts."""
+def rewrite(state: ContainerState, image: Image, spec: Spec, annotations: Annotations, delivery: Delivery) -> Mapping[str, str]:
+    """CRIU's directory of this restore, edited for the new container; also the spec, where the annotations add mounts.
+
+    Returns options of CRIU that follow from it.
+    """
     image.materialize(state.criu_dir)
     state.work_dir.mkdir(mode=0o700)
     delivery.prepare(state.criu_dir, state.work_dir)
@@ -261,6 +265,9 @@ def rewrite(state: ContainerState, image: Image, spec: Spec, annotations: Annota
     if "user" in spec.namespaces:
         userns.adapt(state.criu_dir, old, spec)
         _open_to_user_namespace(state.criu_dir)
+    labels = lsm.apply(state.criu_dir, old, spec)
+    state.record.warnings += labels.warnings
+    return labels.options
 
 
 def _open_to_user_namespace(folder: Path) -> None:

@@ -21,7 +21,7 @@ from smr.proto.annotations import RESTORE, STATUS, STATUS_CODE, STATUS_REASON, A
 from smr.proto.errors import Code, SmrError
 from smr.proto.oci import Spec, as_object, load_spec
 from smr.shim import config as settings
-from smr.shim import log
+from smr.shim import log, rootless
 from smr.shim.asked import asked
 from smr.shim.config import Config
 from smr.shim.events import emit, emit_failure
@@ -116,6 +116,10 @@ def try_restore(
     `then_exit` ends the process after a success while the guard still watches: an engine that sees this process killed takes
     the create for failed, so then there must be no container.
     """
+    try:
+        rootless.check()
+    except SmrError as error:
+        return error
     from smr.shim.guard import Guard
     from smr.shim.restore import mounts_below, restore
 
@@ -206,7 +210,8 @@ def start_cold(call: RuntimeCall, config: Config, annotations: Annotations, erro
     path = call.bundle / "config.json"
     document = {**spec.document, "annotations": {**spec.annotations, **status}}
     write_atomic(path, json.dumps(document).encode(), mode=path.stat().st_mode & 0o777, durable=False)
-    _begin(config, _cold_record(call, config, spec, annotations, error))
+    if not rootless.obstacle():  # else there is no state directory to keep a record in
+        _begin(config, _cold_record(call, config, spec, annotations, error))
     emit_failure(config, "started_cold", call.id, spec.annotations, error, annotations.restore)
 
 

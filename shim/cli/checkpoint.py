@@ -43,11 +43,13 @@ def checkpoint(
     """Make an image of a running CONTAINER (name or id of podman, containerd or the runtime)."""
     from smr.proto.annotations import Tcp
     from smr.shim import checkpoint as work
+    from smr.shim import rootless
     from smr.shim.config import load
     from smr.shim.engines import locate
     from smr.shim.hold import hooks_of
     from smr.shim.real_runtime import real_runtime
 
+    rootless.check()  # before files of others are looked into
     config = load()
     target = locate.find(container, engine=engine, runtime=real_runtime(config), root=root)
     hooks = hooks_of(target, quiesce, resume, hook_timeout)

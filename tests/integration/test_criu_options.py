@@ -24,6 +24,7 @@ def outside(restoring_runc: Runc) -> Iterator[Outside]:
     there.close()
 
 
+@pytest.mark.parametrize("runc", ["runc", "runc-new"], indirect=True)
 def test_options_follow_from_the_tree(restoring_runc: Runc, outside: Outside) -> None:
     """A lock, deleted files and a socket to the outside come back; image and container say which options that took, and why.
 

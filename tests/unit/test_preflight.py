@@ -126,7 +126,7 @@ def test_long_command_is_cut_in_the_message() -> None:
         ({}, {"network": ""}, "found private, needed host", "--network host"),
         ({"network": ""}, {"network": "/n"}, "found engine's, needed private", "ctr run"),
         ({"pid": ""}, {}, "found host, needed private", "private pid"),
-        ({}, {"user": ""}, "found private, needed host", "host user"),
+        ({}, {"user": ""}, "found private, needed host", "leave out --userns"),
         ({"cgroup": ""}, {}, "found host, needed private", "private cgroup"),
     ],
 )
