@@ -22,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -244,7 +244,7 @@ def criu_folder(state: ContainerState) -> Iterator[None]:
         os.close(fd)
 
 
-def rewrite(state: ContainerState, image: Image, spec: Spec, annotations: Annotations, delivery: Delivery) -> Mapping[str, str]:
+def rewrite(state: ContainerState, image: Image, spec: Spec, annotations: Annotations, delivery: Delivery) -> dict[str, str]:
     """CRIU's directory of this restore, edited for the new container; also the spec, where the annotations add mounts.
 
     Returns options of CRIU that follow from it.
@@ -267,7 +267,7 @@ def rewrite(state: ContainerState, image: Image, spec: Spec, annotations: Annota
         _open_to_user_namespace(state.criu_dir)
     labels = lsm.apply(state.criu_dir, old, spec)
     state.record.warnings += labels.warnings
-    return labels.options
+    return dict(labels.options)
 
 
 def _open_to_user_namespace(folder: Path) -> None:
