@@ -92,7 +92,7 @@ def tasks(folder: Path) -> tuple[Task, ...]:
 
 
 def replace_addresses(folder: Path, mapping: dict[str, str]) -> int:
-    """Give sockets of `files.img` that are bound to an old address the new one; returns how many were changed.
+    """Give sockets of `files.img` that are bound or connected to an old address the new one; returns how many were changed.
 
     A socket of IPv6 may be bound to an IPv4 address in its IPv6 form (::ffff:10.0.0.1), which moves with it.
     """
@@ -108,10 +108,11 @@ def replace_addresses(folder: Path, mapping: dict[str, str]) -> int:
     entries = list(read_messages(path, images_pb2.FileEntry))
     changed = 0
     for entry in entries:
-        new = table.get(tuple(entry.isk.src_addr)) if entry.type == _FD_INETSK else None
-        if new is not None:
-            entry.isk.src_addr[:] = new
-            changed += 1
+        for words in (entry.isk.src_addr, entry.isk.dst_addr) if entry.type == _FD_INETSK else ():
+            new = table.get(tuple(words))
+            if new is not None:
+                words[:] = new
+                changed += 1
     if changed:
         write_messages(path, magic, entries)
     return changed

@@ -48,7 +48,7 @@ OWN_STATUS = frozenset({STATUS, STATUS_CODE, STATUS_REASON})
 KEYS: Mapping[str, str] = {
     RESTORE: "image to restore: NAME[:TAG] or sha256:DIGEST",
     FALLBACK: "cold (start cold when the restore is not possible) or fail",
-    TCP: "close (established connections end) or established (they survive; needs the same IP)",
+    TCP: "what becomes of connections to others: close (they end), established (they survive; needs the same IP), auto",
     PAGES: "how pages reach memory: auto, fill (before it runs), lazy (while it runs) or criu (CRIU's own way)",
     ROOTFS: "check (source image must be the checkpoint's) or force",
     COMMAND: "check (command must be the checkpoint's) or force",
@@ -84,10 +84,14 @@ class Fallback(StrEnum):
 
 
 class Tcp(StrEnum):
-    """What becomes of established TCP connections."""
+    """What becomes of TCP connections whose other end is not in the container.
+
+    AUTO: `ESTABLISHED` where the image has them and the container has their address, else `CLOSE`.
+    """
 
     CLOSE = "close"
     ESTABLISHED = "established"
+    AUTO = "auto"
 
 
 class Pages(StrEnum):

@@ -139,7 +139,19 @@ class Hooks:
     timeout_s: float = 0.0
 
 
-_Record = TypeVar("_Record", Host, Source, Task, HeldFile, Gpu, CudaTask, Hooks)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connections:
+    """TCP sockets that were connected (smr.images.connections): with another end that is in the image too, or was closed
+    (`inner`), and others (`outer`), of which `saved` can be restored, where the container has the `addresses`.
+    """
+
+    inner: int = 0
+    outer: int = 0
+    saved: int = 0
+    addresses: tuple[str, ...] = ()
+
+
+_Record = TypeVar("_Record", Host, Source, Task, HeldFile, Gpu, CudaTask, Hooks, Connections)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +162,8 @@ class CheckpointConfig:
     `bound_addresses` are addresses other than wildcard and loopback that sockets of the tree were bound to.
     `criu_options` are flags that the restore needs, because of what was in the tree; `criu_dump` are the options of the dump,
     with their values; `criu_why` gives reasons of both. `clocks_s` are the clocks as the container saw them. `held_files` are not
-    in the image, and must be what they were. Times are RFC 3339 UTC, sizes bytes.
+    in the image, and must be what they were. `connections` is None where CRIU has dumped them. Times are RFC 3339 UTC, sizes
+    bytes.
     """
 
     created: str
@@ -163,6 +176,7 @@ class CheckpointConfig:
     addresses: tuple[str, ...] = ()
     bound_addresses: tuple[str, ...] = ()
     tcp: str = "close"
+    connections: Connections | None = None
     criu_options: tuple[str, ...] = ()
     criu_dump: Mapping[str, str] = field(default_factory=dict)
     criu_why: Mapping[str, str] = field(default_factory=dict)
@@ -211,6 +225,7 @@ def _parse(document: Mapping[str, object]) -> CheckpointConfig:
     known["held_files"] = tuple(_record(HeldFile, item, "held_files[]") for item in held)
     known["clocks_s"] = {key: float(str(value)) for key, value in as_object(document.get("clocks_s"), "clocks_s").items()}
     known["gpu"] = _gpu(document["gpu"]) if document.get("gpu") else None
+    known["connections"] = _record(Connections, document["connections"], "connections") if document.get("connections") else None
     known["hooks"] = _record(Hooks, document.get("hooks") or {}, "hooks")
     return CheckpointConfig(**known)  # type: ignore[arg-type]  # checked by name above, by value where it is used
 

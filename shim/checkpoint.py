@@ -6,6 +6,7 @@
     dump        CRIU through the real runtime, leave-running; it thaws for the parasite and freezes again. The bulk of the pages
                 is read into segments beside it (smr.shim.lazydump)
     pages       the rest of them
+    tcp         connections, by SMR (smr.shim.tcp)
     rootfs      what the container changed in its root as a layer, and the contents of /dev/shm
     thaw        the container runs again
     gpu_back    GPU memory goes back
@@ -53,6 +54,7 @@ from smr.shim.link_remap import relinked
 from smr.shim.restore import external_destinations
 from smr.shim.rootfs import Root
 from smr.shim.run import run
+from smr.shim.tcp.capture import capture
 
 # An engine that has not sent its SIGKILL by then is not waited for.
 _STOP_S = 10.0
@@ -153,11 +155,15 @@ class _Checkpoint:
 
     def make(self, name: str) -> Result:
         stages = self.stages
-        chosen = options(self.tcp) | session_options(self.target.pid) | inotify.dump_options(self.target.pid)
+        chosen = options() | session_options(self.target.pid) | inotify.dump_options(self.target.pid)
         flags_of(self.target.runtime)  # asks the runtime, which need not be while all wait
         lost: SmrError | None = None
         root = rootfs.find(self.target, self.config)
-        with Store(self.config.store).ingest() as ingest, held(self.target, self.config, self.hooks, stages) as hold:
+        with (
+            Store(self.config.store).ingest() as ingest,
+            held(self.target, self.config, self.hooks, stages) as hold,
+            capture(self.target.pid, self.tcp) as tcp,
+        ):
             hold.quiesce()
             hold.take_gpu()
             hooked: tuple[str, ...] = ()
@@ -168,14 +174,18 @@ class _Checkpoint:
             pages, warnings = _capture(
                 self.target, root, ingest, self.tool, chosen, hold, self.config.log.parent, compress=self.compress
             )
+            with stages.stage("tcp"):
+                tcp.take()
             # While it holds still: afterwards it may open other sockets than those of the image, or end.
             addresses = _addresses(self.target)
             if not self.stop:
+                tcp.release()
                 lost = _release(hold)
             with stages.stage("describe"):
                 facts = self._describe(ingest.path / "criu", addresses, hold, chosen)
                 facts = replace(facts, external_mounts=(*facts.external_mounts, *hooked))
                 facts = replace(facts, memory_bytes=pages.memory_bytes) if pages is not None else facts
+                facts = replace(facts, connections=tcp.write(ingest.path / "criu"))
             with stages.stage("split"):
                 _add_layers(self.target, ingest, pages, compress=self.compress)
             with stages.stage("commit"):
@@ -183,10 +193,14 @@ class _Checkpoint:
             if self.stop:
                 hold.abandon()
                 with stages.stage("stop"):
+                    tcp.mute()
                     end_frozen(self.target, hold.thaw)
+                    tcp.outlive()
         if lost is not None:
             raise _lost(self.target, image, lost)
-        return Result(image=image, pause_s=hold.pause_s(), stages_s=stages.seconds, warnings=(*warnings, *hold.warnings))
+        return Result(
+            image=image, pause_s=hold.pause_s(), stages_s=stages.seconds, warnings=(*warnings, *tcp.warnings, *hold.warnings)
+        )
 
     def _describe(
         self, folder: Path, addresses: tuple[tuple[str, ...], tuple[str, ...]], hold: Hold, chosen: Mapping[str, str]
@@ -309,7 +323,7 @@ def _describe(
         tasks=tasks(folder),
         addresses=addresses[0],
         bound_addresses=addresses[1],
-        tcp=tcp.value,
+        tcp=Tcp.CLOSE.value if tcp is Tcp.CLOSE else Tcp.ESTABLISHED.value,
         memory_bytes=sum(file.stat().st_size for file in folder.glob("pages-*.img")),
     )
 

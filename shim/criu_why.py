@@ -12,17 +12,12 @@ from smr.proto.checkpoint import CheckpointConfig
 
 NOT_USED = "allowed; nothing in the tree needed it"
 _DUMP = {
-    "tcp-close": "connections are not saved",
-    "tcp-established": "connections are saved",
-    "skip-in-flight": "connections are not saved, nor those that nobody has accepted yet",
+    "tcp-close": "connections are SMR's to save",
+    "network-lock": "connections are SMR's to save, so nothing has to be kept from them",
+    "skip-in-flight": "connections that nobody has accepted yet are not saved",
     "irmap-scan-path": "paths that are watched: an overlay cannot open a watched file by its handle",
     "external": "files of the GPU's driver are the node's",
     "shell-job": "the first process leads no session",
-}
-_LOCKS = {
-    "skip": "nothing is saved of connections, so nothing has to be kept from them",
-    "iptables": "connections are saved: packets are dropped until they are",
-    "nftables": "connections are saved: packets are dropped until they are; this node has no iptables",
 }
 _RESTORE = {
     "leave-stopped": "the tree is completed before any of it runs",
@@ -35,8 +30,7 @@ _RESTORE = {
 
 def of_dump(chosen: Mapping[str, str], found: Mapping[str, str]) -> dict[str, str]:
     """Option to reason, for the options of a dump; `found` are the reasons that the dump itself gives."""
-    reasons = {**_DUMP, "network-lock": _LOCKS.get(chosen.get("network-lock", ""), "")}
-    return {name: found.get(name) or reasons.get(name) or NOT_USED for name in chosen}
+    return {name: found.get(name) or _DUMP.get(name) or NOT_USED for name in chosen}
 
 
 def of_restore(
@@ -44,7 +38,7 @@ def of_restore(
 ) -> dict[str, str]:
     """Option to reason, for the options of a restore; `more` are reasons of those who added an option themselves."""
     connections = "smr.tcp=established" if annotations.tcp is Tcp.ESTABLISHED else f"smr.tcp={annotations.tcp.value}"
-    reasons = {**_RESTORE, "tcp-close": f"{connections}: established connections end", "tcp-established": connections}
+    reasons = {**_RESTORE, "tcp-close": f"{connections}: CRIU restores no connection", "tcp-established": connections}
     return {
         name: f"{CRIU_PREFIX}{name} asks for it"
         if name in annotations.criu

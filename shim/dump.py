@@ -9,7 +9,6 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from smr.proto.annotations import Tcp
 from smr.proto.errors import Code, SmrError
 from smr.shim import criu
 from smr.shim.criu import Criu
@@ -25,17 +24,13 @@ _FULL_BYTES = 1 << 20
 _NEWER_FLAGS = {"link-remap": "link-remap", "skip-in-flight": "tcp-skip-in-flight"}
 
 
-def options(tcp: Tcp, *, iptables: bool | None = None) -> dict[str, str]:
+def options() -> dict[str, str]:
     """CRIU's options of a dump, by name, "" for flags. Most are leave, which costs nothing: see smr.images.criu_needs.
 
-    With `close` no connection is blocked or saved, so nothing need lock the network. `established` locks it, by nftables
-    unless iptables is what the node has.
+    CRIU neither blocks nor saves a connection, so it need not lock the network: connections are SMR's (smr.shim.tcp).
     """
     chosen = {"ghost-limit": _GHOST_LIMIT, "file-locks": "", "ext-unix-sk": "", "link-remap": "", "evasive-devices": ""}
-    if tcp is Tcp.CLOSE:
-        return chosen | {"tcp-close": "", "network-lock": "skip", "skip-in-flight": ""}
-    has_iptables = shutil.which("iptables-restore") is not None if iptables is None else iptables
-    return chosen | {"tcp-established": "", "network-lock": "iptables" if has_iptables else "nftables"}
+    return chosen | {"tcp-close": "", "network-lock": "skip", "skip-in-flight": ""}
 
 
 def session_options(pid: int) -> dict[str, str]:
@@ -139,7 +134,7 @@ def _failure(target: Target, folder: Path, log: Path, stderr: str) -> SmrError:
 
 
 _HINTS = (
-    ("Connected TCP socket", "checkpoint with --tcp close, or --tcp established"),
+    ("disable MPTCP", "multipath TCP cannot be checkpointed: start Go programs with GODEBUG=multipathtcp=0"),
     ("Can't get 1:16 opt", "this kernel needs CRIU 4.2 or newer to dump sockets: run install.sh"),
     ("io_uring", "io_uring cannot be checkpointed: turn it off in the application (UV_USE_IO_URING=0 for Node.js and uvloop)"),
     ("Can't lookup mount", "a file was opened outside the container's root: give it to the container as a volume"),

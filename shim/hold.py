@@ -190,6 +190,10 @@ def run_resume(target: Target, hooks: Hooks) -> None:
 
 def _give_back(target: Target, config: Config, hooks: Hooks, halted: tuple[Process, ...], gpu: bool, quiesced: mmap.mmap) -> None:
     """In the guard: whatever was done, in the order of `release`. Each step does nothing where nothing was done."""
+    from smr.shim.tcp.capture import rescue
+
+    with contextlib.suppress(SmrError, OSError):
+        rescue(target.pid)
     with contextlib.suppress(SmrError):
         let_go(target, halted)
     if gpu:

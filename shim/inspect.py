@@ -41,6 +41,7 @@ class Summary:
             "warnings": list(record.warnings),
             "pages": dict(record.pages),
             "gpus": dict(record.gpus),
+            "tcp": dict(record.tcp),
             "resume_hook": record.resume,
             "lazy": lazy_progress(state.work_dir),
             "stages_s": record.stages_s(),

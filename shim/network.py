@@ -111,13 +111,13 @@ def parse_bound(text: str, *, listening_only: bool) -> Iterator[str]:
     """Local addresses of one of /proc/net/{tcp,udp,raw}[6] that only this host has; an IPv4 address in IPv6 form as IPv4."""
     for line in text.splitlines()[1:]:
         words = line.split()
-        address = _address(words[1].partition(":")[0])
+        address = address_of(words[1].partition(":")[0])
         everywhere = address.is_unspecified or address.is_loopback or address.is_multicast
         if not everywhere and (words[3] == _LISTEN or not listening_only):
             yield str(address)
 
 
-def _address(text: str) -> IPv4Address | IPv6Address:
+def address_of(text: str) -> IPv4Address | IPv6Address:
     """/proc/net prints addresses as host-order 32-bit words in hexadecimal."""
     from ipaddress import IPv4Address, IPv6Address
 

@@ -22,7 +22,8 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,6 +60,7 @@ from smr.shim.pages import Delivery
 from smr.shim.resume import write_marker
 from smr.shim.runtime_restore import external_options, note_pid, run_restore
 from smr.shim.state import ContainerState, Status
+from smr.shim.tcp import mode
 
 if TYPE_CHECKING:
     from smr.shim.gpu.revive import Revival
@@ -76,12 +78,13 @@ def restore(call: RuntimeCall, spec: Spec, annotations: Annotations, config: Con
             image = locate(call, annotations, config, state, stack)
         with state.stage("preflight"):
             tool = criu.find(config)
-            if annotations.resume or image.config.hooks.quiesce or image.config.hooks.resume:
-                state.record.resume, state.record.resume_timeout_s = resume_hook(image, annotations)
+            _note_resume(state, image, annotations)
             preflight.compare(image.config, spec, annotations)
+            annotations = replace(annotations, tcp=mode.choose(image.config, spec, annotations.tcp))
             image.check()
             delivery = pages.choose(image, annotations.pages)
             externals = external_options(image, spec)
+        connections = stack.enter_context(mode.held(image, spec, annotations.tcp, state))
         prefetch = start_prefetch(config, image, state)
         stack.callback(stop_prefetch, prefetch)
         gpu = stack.enter_context(revival(image.config, spec, annotations, config, state))
@@ -111,7 +114,7 @@ def restore(call: RuntimeCall, spec: Spec, annotations: Annotations, config: Con
             state.record.gpus = dict(gpu.finish())
             state.record.warnings += gpu.warnings
         with state.stage("adopt"):
-            adopt(state, image, spec)
+            adopt(state, image, spec, connections)
         state.record.status = Status.CREATED
         write_marker(state)
         state.save()
@@ -127,6 +130,11 @@ def locate(
     state.record.stopped_pids = tuple(task.pid for task in image.config.tasks if task.stopped)
     pods.admit(image.config, annotations, call.bundle, config)
     return image
+
+
+def _note_resume(state: ContainerState, image: Image, annotations: Annotations) -> None:
+    if annotations.resume or image.config.hooks.quiesce or image.config.hooks.resume:
+        state.record.resume, state.record.resume_timeout_s = resume_hook(image, annotations)
 
 
 @contextlib.contextmanager
@@ -150,10 +158,11 @@ def fit_mounts(state: ContainerState, image: Image, spec: Spec, annotations: Ann
     mount_flags.keep_to_spec(pid, spec, rootfs, annotations)
 
 
-def adopt(state: ContainerState, image: Image, spec: Spec) -> None:
+def adopt(state: ContainerState, image: Image, spec: Spec, connections: Callable[[int], None]) -> None:
     """What the stopped tree has of its new container rather than of the checkpoint; what it cannot have is a warning."""
     namespaces.adopt(state.record.pid, spec)
     state.record.warnings += identity.adopt(state.record.pid, parse_spec(image.config.spec), spec)
+    connections(state.record.pid)
     tell(state, image, spec)
 
 

@@ -30,7 +30,10 @@ _BYTES_PER_S = 50e6
 
 
 def criu_options(image: Image, annotations: Annotations) -> dict[str, str]:
-    """CRIU's options of this restore: those the dump needed, the mode of TCP, the user's; then what we always set."""
+    """CRIU's options of this restore: those the dump needed, the mode of TCP, the user's; then what we always set.
+
+    `annotations.tcp` is what smr.shim.tcp.mode made of the user's wish. CRIU restores connections of images that have its own.
+    """
     foreign = sorted(set(image.config.criu_options) - _FLAGS)
     if foreign:
         # An image may come from anywhere, and some options run programs.
@@ -40,13 +43,7 @@ def criu_options(image: Image, annotations: Annotations) -> dict[str, str]:
             code=Code.UNSUPPORTED,
         )
     options = dict.fromkeys(image.config.criu_options, "")
-    if annotations.tcp is Tcp.ESTABLISHED:
-        if image.config.tcp != Tcp.ESTABLISHED:
-            raise SmrError(
-                "smr.tcp=established, but the checkpoint was made without established connections",
-                hint="checkpoint with --tcp-established",
-                code=Code.UNSUPPORTED,
-            )
+    if annotations.tcp is Tcp.ESTABLISHED and image.config.connections is None:
         options["tcp-established"] = ""
     else:
         options.pop("tcp-established", None)

@@ -92,6 +92,7 @@ class Record:
     annotations: Mapping[str, str] = field(default_factory=dict)
     pages: Mapping[str, str | int] = field(default_factory=dict)
     gpus: Mapping[str, str] = field(default_factory=dict)
+    tcp: Mapping[str, int] = field(default_factory=dict)
     resume: str = ""
     resume_timeout_s: float = 0.0
     criu_options: tuple[str, ...] = ()

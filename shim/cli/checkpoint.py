@@ -15,10 +15,10 @@ from smr.shim.cli.output import json_option, print_json, progress, size
 @click.option("--leave-running/--stop", default=True, show_default=True, help="What becomes of the container afterwards.")
 @click.option(
     "--tcp",
-    type=click.Choice(["close", "established"]),
+    type=click.Choice(["close", "established", "auto"]),
     default="close",
     show_default=True,
-    help="close: established connections are not saved, and go on here. established: they are saved.",
+    help="Connections to others. close: they are not saved, and go on here. established, auto: they are saved.",
 )
 @click.option(
     "--compress", is_flag=True, help="Store memory compressed where that pays: less to read from a slow disk or to send."

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from smr.proto.checkpoint import (
     FORMAT_VERSION,
     CheckpointConfig,
+    Connections,
     CudaTask,
     Gpu,
     GpuState,
@@ -44,6 +45,7 @@ CONFIG = CheckpointConfig(
     addresses=("10.88.0.2", "fd00::2"),
     bound_addresses=("10.88.0.2",),
     tcp="established",
+    connections=Connections(inner=2, outer=3, saved=1, addresses=("10.88.0.5",)),
     criu_options=("file-locks",),
     criu_dump={"ghost-limit": "1G", "file-locks": ""},
     criu_why={"file-locks": "1 lock of files"},

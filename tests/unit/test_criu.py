@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from smr.proto.annotations import Annotations, Tcp
+from smr.proto.checkpoint import Connections
 from smr.proto.errors import Code, SmrError
 from smr.shim import criu, dump
 from smr.shim.config import Config
@@ -186,19 +187,10 @@ def test_log_that_is_not_there(tmp_path: Path) -> None:
 
 def test_dump_without_connections() -> None:
     """Nothing is blocked, so nothing need lock the network."""
-    chosen = dump.options(Tcp.CLOSE)
+    chosen = dump.options()
     assert {"tcp-close", "skip-in-flight"} <= chosen.keys()
     assert chosen["network-lock"] == "skip"
     assert "tcp-established" not in chosen
-
-
-@pytest.mark.parametrize(("iptables", "lock"), [(True, "iptables"), (False, "nftables")])
-def test_dump_with_connections(iptables: bool, lock: str) -> None:
-    """The network is locked by what the node has."""
-    chosen = dump.options(Tcp.ESTABLISHED, iptables=iptables)
-    assert chosen["network-lock"] == lock
-    assert "tcp-established" in chosen
-    assert "tcp-close" not in chosen
 
 
 @pytest.mark.parametrize(
@@ -232,7 +224,7 @@ def test_engine_checkpoint(monkeypatch: pytest.MonkeyPatch, iptables: str | None
 @pytest.mark.parametrize(
     ("text", "word"),
     [
-        ("Error (criu/sk-inet.c:200): inet: Connected TCP socket, consider using --tcp-established option.", "--tcp"),
+        ('Error: For Go programs, consider using "GODEBUG=multipathtcp=0" to disable MPTCP', "GODEBUG"),
         ("Error: io_uring is not supported: io_uring fd", "UV_USE_IO_URING"),
         ("Error (criu/sockets.c:628): sockets: Can't get 1:16 opt: Operation not supported", "4.2"),
         ("Error: Can't lookup mount=7 for fd=3", "volume"),
@@ -255,13 +247,13 @@ def test_options_of_a_restore() -> None:
     }
 
 
-def test_connections_come_back_only_if_they_were_saved() -> None:
-    """smr.tcp=established needs a checkpoint made so; without it they are closed, whatever the dump had."""
+def test_criu_restores_connections_that_it_has_dumped() -> None:
+    """Of images of others, and of older ones; those that SMR saved are closed sockets for CRIU."""
     asked = Annotations(restore="llama", tcp=Tcp.ESTABLISHED)
-    assert "tcp-established" in criu_options(FakeImage(tcp="established"), asked)  # type: ignore[arg-type]
-    with pytest.raises(SmrError) as caught:
-        criu_options(FakeImage(tcp="close"), asked)  # type: ignore[arg-type]
-    assert caught.value.code is Code.UNSUPPORTED
+    image = FakeImage(tcp="established")
+    assert "tcp-established" in criu_options(image, asked)  # type: ignore[arg-type]
+    image.config = replace(image.config, connections=Connections(saved=1, outer=1))
+    assert "tcp-established" not in criu_options(image, asked)  # type: ignore[arg-type]
     closed = criu_options(FakeImage("tcp-established", tcp="established"), Annotations(restore="llama"))  # type: ignore[arg-type]
     assert "tcp-close" in closed
     assert "tcp-established" not in closed
