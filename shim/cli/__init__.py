@@ -22,6 +22,7 @@ _COMMANDS = {
     "checkpoint": ("checkpoint", "checkpoint"),
     "completion": ("completion", "completion"),
     "demo": ("demo", "demo"),
+    "doctor": ("doctor", "doctor"),
     "export": ("transfer", "export_command"),
     "gc": ("gc", "gc"),
     "images": ("images", "images"),
