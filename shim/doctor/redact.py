@@ -6,9 +6,12 @@ keys, JSON Web Tokens and keys of known services. It is a second line: sections 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
+from smr.proto.annotations import QUIESCE, RESUME
 from smr.proto.errors import SmrError
 from smr.proto.oci import load_spec
 from smr.shim.config import Config
@@ -37,14 +40,22 @@ _LOOKS = tuple(
 # Names whose values say nothing of anybody, and would be taken out of every path.
 _ORDINARY = frozenset({"PATH", "HOME", "HOSTNAME", "TERM", "LANG", "PWD", "SHELL", "USER", "TZ", "LD_LIBRARY_PATH", "container"})
 _LEAST_CHARACTERS = 6
+HOOKS = (QUIESCE, RESUME)
+
+
+def head(hook: str) -> str:
+    """What a hook calls, without what it is called with."""
+    return re.split(r"[\s?]", hook, maxsplit=1)[0]
 
 
 class Redactor:
     """Takes `values`, and what looks like a secret, out of texts."""
 
     def __init__(self, values: Iterable[str] = ()) -> None:
+        known = {value for value in values if len(value) >= _LEAST_CHARACTERS}
+        known |= {json.dumps(value)[1:-1] for value in known}  # as a log has them
         # Longer ones first: one may be the beginning of another.
-        self._values = sorted({value for value in values if len(value) >= _LEAST_CHARACTERS}, key=len, reverse=True)
+        self._values = sorted(known, key=len, reverse=True)
 
     def __call__(self, text: str) -> str:
         """The text without them."""
@@ -56,10 +67,12 @@ class Redactor:
 
 
 def known_values(config: Config) -> Iterator[str]:
-    """Values of the environment of every container that SMR knows, as their specs have them, whole and line by line."""
-    from pathlib import Path
-
+    """Of every container that SMR knows: what its hooks are called with, word by word; and the values of its environment as its
+    spec has them, whole and line by line.
+    """
     for state in all_states(config.run):
+        for hook in (state.record.resume, *(state.record.annotations.get(key, "") for key in HOOKS)):
+            yield from hook.removeprefix(head(hook)).split()
         try:
             document = load_spec(Path(state.record.bundle)).document
         except (SmrError, OSError):

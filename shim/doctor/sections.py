@@ -16,12 +16,12 @@ from dataclasses import asdict
 from importlib.metadata import version as package_version
 from pathlib import Path
 
-from smr.proto.annotations import PREFIX, QUIESCE, RESUME
+from smr.proto.annotations import PREFIX
 from smr.shim import cgroups, mountinfo
 from smr.shim.config import Config
+from smr.shim.doctor.redact import HOOKS, head
 from smr.shim.run import run
 
-_HOOKS = (QUIESCE, RESUME)
 _LINES = 200
 _CRIU_LOGS = 4
 _CRIU_LOG_BYTES = 48 << 10
@@ -153,9 +153,9 @@ def containers(config: Config) -> object:
     for state in all_states(config.run):
         summary = summary_of(state)
         details = summary.details(state)
-        annotations = {key: _head(value) if key in _HOOKS else value for key, value in state.record.annotations.items()}
+        annotations = {key: head(value) if key in HOOKS else value for key, value in state.record.annotations.items()}
         details["annotations"] = {key: value for key, value in annotations.items() if key.startswith(PREFIX)}
-        found.append({**summary.as_json(), **details, "resume_hook": _head(state.record.resume)})
+        found.append({**summary.as_json(), **details, "resume_hook": head(state.record.resume)})
     return found
 
 
@@ -283,10 +283,6 @@ SECTIONS: Mapping[str, Callable[[Config], object]] = {
         engine_logs,
     )
 }
-
-
-def _head(hook: str) -> str:
-    return re.split(r"[\s?]", hook, maxsplit=1)[0]
 
 
 def _package(name: str) -> str:

@@ -69,6 +69,8 @@ def test_known_values_go_wherever_they_stand() -> None:
     """Whatever they look like, the longest first; what is too short to be one stays."""
     redact = Redactor(["correct horse", "correct horse battery", "80"])
     assert redact("said: correct horse battery, port 80") == f"said: {GONE}, port 80"
+    odd = 'two\n"lines" é'
+    assert Redactor([odd])(json.dumps({"reason": odd})) == json.dumps({"reason": GONE})
 
 
 def test_environments_of_containers_are_known(tmp_path: Path) -> None:
