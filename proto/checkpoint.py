@@ -98,6 +98,18 @@ class HeldFile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Stdio:
+    """A descriptor of the first process that is what the runtime gave: a `pipe`, `null`, or a file or FIFO `outside`.
+
+    `file` is its id among CRIU's files.
+    """
+
+    fd: int
+    kind: str
+    file: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
     """A GPU that the container had, in the order in which its processes see them. `uuid` as NVML writes it: GPU-xxxxxxxx-..."""
 
@@ -151,7 +163,7 @@ class Connections:
     addresses: tuple[str, ...] = ()
 
 
-_Record = TypeVar("_Record", Host, Source, Task, HeldFile, Gpu, CudaTask, Hooks, Connections)
+_Record = TypeVar("_Record", Host, Source, Task, HeldFile, Stdio, Gpu, CudaTask, Hooks, Connections)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,6 +199,7 @@ class CheckpointConfig:
     gpu: GpuState | None = None
     hooks: Hooks = field(default_factory=Hooks)
     held_files: tuple[HeldFile, ...] = ()
+    stdio: tuple[Stdio, ...] = ()
 
     def to_json(self) -> bytes:
         """Canonical JSON: sorted keys, no white space, UTF-8."""
@@ -224,6 +237,7 @@ def _parse(document: Mapping[str, object]) -> CheckpointConfig:
     held = as_list(document.get("held_files"), "held_files")
     known["held_files"] = tuple(_record(HeldFile, item, "held_files[]") for item in held)
     known["clocks_s"] = {key: float(str(value)) for key, value in as_object(document.get("clocks_s"), "clocks_s").items()}
+    known["stdio"] = tuple(_record(Stdio, item, "stdio[]") for item in as_list(document.get("stdio"), "stdio"))
     known["gpu"] = _gpu(document["gpu"]) if document.get("gpu") else None
     known["connections"] = _record(Connections, document["connections"], "connections") if document.get("connections") else None
     known["hooks"] = _record(Hooks, document.get("hooks") or {}, "hooks")

@@ -40,7 +40,7 @@ from smr.images.store import Store
 from smr.proto.annotations import Tcp, check_reference
 from smr.proto.checkpoint import MOUNT_ANNOTATION, CheckpointConfig, Hooks, Host, LayerType, Source
 from smr.proto.errors import Code, SmrError
-from smr.shim import cgroups, clocks, criu, criu_why, inotify, network, preflight, procs, rootfs, rootless, tmpfs
+from smr.shim import cgroups, clocks, criu, criu_why, inotify, network, preflight, procs, rootfs, rootless, stdio, tmpfs
 from smr.shim.config import Config
 from smr.shim.criu import Criu
 from smr.shim.dump import flags_of, options, session_options
@@ -156,6 +156,7 @@ class _Checkpoint:
     def make(self, name: str) -> Result:
         stages = self.stages
         chosen = options() | session_options(self.target.pid) | inotify.dump_options(self.target.pid)
+        chosen |= stdio.dump_externals(self.target.pid)
         flags_of(self.target.runtime)  # asks the runtime, which need not be while all wait
         lost: SmrError | None = None
         root = rootfs.find(self.target, self.config)
@@ -168,7 +169,7 @@ class _Checkpoint:
             hold.take_gpu()
             hooked: tuple[str, ...] = ()
             if hold.gpu is not None:
-                chosen = {**chosen, **dump_externals(self.target.pid, self.target.spec)}
+                chosen = stdio.merged(chosen, dump_externals(self.target.pid, self.target.spec))
                 hooked = hook_destinations(self.target.pid, self.target.spec)
             hold.freeze()
             pages, warnings = _capture(
@@ -304,6 +305,7 @@ def _describe(
 ) -> CheckpointConfig:
     from smr.images.criu_files import tasks
     from smr.images.held_files import held_files
+    from smr.images.stdio_files import stdio_of
     from smr.shim.mounts import bound_paths
 
     return CheckpointConfig(
@@ -319,6 +321,7 @@ def _describe(
         ),
         spec=target.spec.document,
         external_mounts=external_destinations(target.spec.document),
+        stdio=stdio_of(folder),
         held_files=held_files(folder, bound_paths(target.spec, target.rootfs, but=tmpfs.external(target.spec).keys())),
         tasks=tasks(folder),
         addresses=addresses[0],

@@ -138,6 +138,7 @@ _HINTS = (
     ("Can't get 1:16 opt", "this kernel needs CRIU 4.2 or newer to dump sockets: run install.sh"),
     ("io_uring", "io_uring cannot be checkpointed: turn it off in the application (UV_USE_IO_URING=0 for Node.js and uvloop)"),
     ("Can't lookup mount", "a file was opened outside the container's root: give it to the container as a volume"),
+    ("unix: Unix socket", "a socket of another network namespace, as the log driver passthrough gives: use k8s-file or journald"),
     ("Can't get rlimit", "CRIU lacks the right to read limits of another user's process (CAP_SYS_RESOURCE)"),
     (
         "trim failed: @link_remap",

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from smr.proto.errors import Code, SmrError
 from smr.proto.oci import Spec
-from smr.shim import network
+from smr.shim import network, stdio
 
 T = TypeVar("T")
 
@@ -20,11 +20,15 @@ _CLONE_NEWUTS = 0x04000000
 
 
 def adopt(pid: int, spec: Spec) -> None:
-    """Give the namespaces of `pid` the new container's hostname, and its own network namespace an interface `lo` that is up."""
+    """Give the namespaces of `pid` the new container's hostname, and its own network namespace an interface `lo` that is up.
+
+    Also its terminal the size of the spec.
+    """
     if spec.hostname and "uts" in spec.namespaces:
         set_hostname(Path(f"/proc/{pid}/ns/uts"), spec.hostname)
     if "network" in spec.namespaces:
         network.loopback_up(Path(f"/proc/{pid}/ns/net"))
+    stdio.size_terminal(pid, spec)
 
 
 def hostname_of(namespace: Path) -> str:

@@ -6,6 +6,7 @@
     rootfs      the checkpoint's writable layer onto the mounted root, with a journal; then /dev/shm
     rewrite     CRIU's small images into a private directory, pages as links, addresses of sockets
     create      `runc restore`, leave-stopped
+    mounts      what the new spec mounts and the image has not; flags of all mounts
     fill        the pages that are not CRIU's into the stopped tree (smr.shim.pages)
     gpu         GPU memory back, with the rest of the container still stopped (smr.shim.gpu.revive)
     adopt       hostname and `lo` of the new container
@@ -50,6 +51,7 @@ from smr.shim import (
     pods,
     preflight,
     rights,
+    stdio,
     tmpfs,
     userns,
 )
@@ -154,8 +156,9 @@ def revival(
 def fit_mounts(state: ContainerState, image: Image, spec: Spec, annotations: Annotations) -> None:
     """The stopped tree gets the mounts that its new spec has and the image has not, then all mounts their flags."""
     pid, rootfs = state.record.pid, state.record.rootfs
-    state.record.warnings += extra_mounts.give(pid, spec, rootfs, annotations, left_out=mounts.of_node(image.config))
-    mount_flags.keep_to_spec(pid, spec, rootfs, annotations)
+    with state.stage("mounts"):
+        state.record.warnings += extra_mounts.give(pid, spec, rootfs, annotations, left_out=mounts.of_node(image.config))
+        mount_flags.keep_to_spec(pid, spec, rootfs, annotations)
 
 
 def adopt(state: ContainerState, image: Image, spec: Spec, connections: Callable[[int], None]) -> None:
@@ -271,12 +274,13 @@ def rewrite(state: ContainerState, image: Image, spec: Spec, annotations: Annota
     if uts := spec.namespaces.get("uts"):
         # CRIU names the namespace that it joins: a pod's, which others are in.
         criu_uts.set_hostname(state.criu_dir, namespaces.hostname_of(Path(uts)))
+    options = stdio.fit(image.config, spec, state.criu_dir)
     if "user" in spec.namespaces:
         userns.adapt(state.criu_dir, old, spec)
         _open_to_user_namespace(state.criu_dir)
     labels = lsm.apply(state.criu_dir, old, spec)
     state.record.warnings += labels.warnings
-    return dict(labels.options)
+    return options | dict(labels.options)
 
 
 def _open_to_user_namespace(folder: Path) -> None:

@@ -20,6 +20,7 @@ from smr.proto.checkpoint import (
     Hooks,
     Host,
     Source,
+    Stdio,
     Task,
     parse_config,
 )
@@ -60,6 +61,7 @@ CONFIG = CheckpointConfig(
         tasks=(CudaTask(pid=7, vram_bytes={"GPU-1f79de5c": 8 << 30}, areas=((1 << 40, 1 << 41),)),),
     ),
     hooks=Hooks(quiesce="vllm", resume="vllm", timeout_s=30.0),
+    stdio=(Stdio(fd=1, kind="pipe", file=7),),
     held_files=(HeldFile(mount="/data", path="log", mode=0o100644, size_bytes=7, writable=True, holder="serve (pid 1)"),),
 )
 
