@@ -16,13 +16,14 @@ _DUMP = {
     "network-lock": "connections are SMR's to save, so nothing has to be kept from them",
     "skip-in-flight": "connections that nobody has accepted yet are not saved",
     "irmap-scan-path": "paths that are watched: an overlay cannot open a watched file by its handle",
-    "external": "files of the GPU's driver are the node's",
+    "external": "files that are the node's: of a GPU's driver, or the container's output",
     "shell-job": "the first process leads no session",
 }
 _RESTORE = {
     "leave-stopped": "the tree is completed before any of it runs",
     "lazy-pages": "smr.pages=lazy",
     "external": "files of the GPU's driver are this node's",
+    "inherit-fd": "the container's output is this engine's",
     "lsm-profile": "the label that this container has of AppArmor or SELinux",
     "lsm-mount-context": "the SELinux label of this container's mounts",
 }
