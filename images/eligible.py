@@ -10,6 +10,7 @@ restored, and that nothing but the process writes to before it runs. What is not
 - VMAs without PROT_WRITE: process_vm_writev keeps to the protection. Private anonymous ones are rarely large;
 - pages with a thread's rseq area or clear_child_tid: the kernel writes to them as soon as CRIU has registered them, and a fill
   would bring back the processor number of the checkpoint;
+- memory that a fork empties (MADV_WIPEONFORK), which is emptied in the dump (smr.images.wipe);
 - processes some pages of which lie in a parent dump;
 - pages that a child has in common with its parent. CRIU makes them common again by comparing, in VMAs that coincide
   (check_cow_vmas and restore_priv_vma_content in criu/mem.c), and needs both to do so. Where they differ they are ours.
@@ -44,6 +45,7 @@ _GROWSDOWN, _LOCKED, _HUGETLB = 0x100, 0x2000, 0x40000
 # criu/include/image.h: VMA_AREA_REGULAR, VMA_AREA_HEAP, VMA_ANON_PRIVATE. Any other bit makes a VMA special.
 _REGULAR, _HEAP, _ANON_PRIVATE = 1 << 0, 1 << 5, 1 << 9
 _RSEQ_BYTES = 32
+_WIPEONFORK = 18  # its bit in VmaEntry.madv is that of MADV_WIPEONFORK
 _COMPARE_PAGES = 512
 _THREADS = 16
 
@@ -109,7 +111,13 @@ def may_move(vma: images_pb2.VmaEntry) -> bool:
         and vma.flags & (_PRIVATE | _ANONYMOUS) == _PRIVATE | _ANONYMOUS
         and not vma.flags & (_GROWSDOWN | _LOCKED | _HUGETLB)
         and vma.status & ~_HEAP == _REGULAR | _ANON_PRIVATE
+        and not is_wiped(vma)
     )
+
+
+def is_wiped(vma: images_pb2.VmaEntry) -> bool:
+    """Whether a VMA's content is not to be in a copy of the process: see smr.images.wipe."""
+    return bool(vma.madv >> _WIPEONFORK & 1)
 
 
 def span_of(vma: images_pb2.VmaEntry) -> Span:

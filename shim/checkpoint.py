@@ -332,9 +332,11 @@ def _describe(
 
 
 def _with_options(facts: CheckpointConfig, folder: Path, chosen: Mapping[str, str]) -> CheckpointConfig:
-    """The options that the dump had, those that a restore needs, and why; and the clocks."""
+    """The options that the dump had, those that a restore needs, and why; the clocks. What no copy may have leaves the dump."""
     from smr.images.criu_needs import needs
+    from smr.images.wipe import wipe
 
+    wipe(folder)
     found = needs(folder)
     why = criu_why.of_dump(chosen, {**found.dump, **found.restore})
     return replace(

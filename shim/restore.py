@@ -187,7 +187,7 @@ def tell(state: ContainerState, image: Image, spec: Spec) -> None:
     )
     state.record.undo_told = True
     state.save()
-    warning = restored.write_restored(state.record.pid, facts)
+    warning = restored.write_restored(state.record.pid, facts, Path(state.record.rootfs))
     if warning:
         state.record.warnings.append(warning)
 

@@ -5,7 +5,8 @@
 
 Times are RFC 3339, addresses and environment the new container's. It is written through the stopped tree's own root, into
 /run/smr (0755), as a file of mode 0644 that belongs to the container's root; replaced whole by the next restore. No symbolic
-link is followed: the container may have put one where the file goes.
+link is followed: the container may have put one where the file goes. Where the root is read-only in the container and /run is no
+tmpfs, it is written through the node's mount of the same root, which is not.
 """
 
 from __future__ import annotations
@@ -62,16 +63,50 @@ def environment_of(document: Mapping[str, object]) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def write_restored(pid: int, facts: Restored) -> str | None:
-    """Write the file for the container of the stopped process `pid`; None, or why it could not be written."""
+def write_restored(pid: int, facts: Restored, rootfs: Path | None = None) -> str | None:
+    """Write the file for the container of the stopped process `pid`; None, or why it could not be written.
+
+    `rootfs` is where the node has the container's root: a root that is read-only in the container is written there.
+    """
     try:
+        uid, gid = _container_root(pid, "uid_map"), _container_root(pid, "gid_map")
         with root_of(pid) as root:
-            uid, gid = _container_root(pid, "uid_map"), _container_root(pid, "gid_map")
-            _as_user(uid, gid, lambda: _write(root, facts.to_json()))
+            try:
+                _as_user(uid, gid, lambda: _write(root, facts.to_json()))
+            except OSError as error:
+                if error.errno != errno.EROFS or rootfs is None or not _on_root(root):
+                    raise
+                _write_outside(rootfs, facts.to_json(), uid, gid)
     except OSError as error:
         reason = "a symbolic link is in the way" if error.errno == errno.ELOOP else error.strerror or str(error)
         return f"{FOLDER}/{FILE} was not written in the container: {reason}"
     return None
+
+
+def _on_root(root: int) -> bool:
+    """Whether the folder, or what is there of the way to it, is on the root's own file system."""
+    device = os.fstat(root).st_dev
+    current = os.dup(root)
+    try:
+        for name in FOLDER.strip("/").split("/"):
+            below = open_in_root(current, name, _DIRECTORY)
+            os.close(current)
+            current = below
+            if os.fstat(current).st_dev != device:
+                return False
+    except FileNotFoundError:
+        pass
+    finally:
+        os.close(current)
+    return True
+
+
+def _write_outside(rootfs: Path, content: bytes, uid: int, gid: int) -> None:
+    top = os.open(rootfs, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _as_user(uid, gid, lambda: _write(top, content))
+    finally:
+        os.close(top)
 
 
 def remove_restored(root: Path) -> None:

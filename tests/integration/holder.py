@@ -9,6 +9,7 @@ open (deleted) and FOLDER/linked (deleted, but FOLDER/other is the same file), a
 import contextlib
 import fcntl
 import json
+import mmap
 import os
 import resource
 import socket
@@ -40,6 +41,11 @@ class Holder:
         self.folder = folder
         self.ticks = 0
         self.sleeps = []
+        self.kept = mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.wiped = mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.wiped.madvise(18)  # MADV_WIPEONFORK
+        for memory in (self.kept, self.wiped):
+            memory[:] = b"secret.." * (1 << 17)
         self.pipe, child = os.pipe()
         os.set_blocking(self.pipe, False)
         if os.fork() == 0:
@@ -77,6 +83,8 @@ class Holder:
             "locked": self.lock_is_held(),
             "ghost": self.ghost.read(),
             "linked": self.linked.read(),
+            "kept": self.kept[:].count(b"secret.."),
+            "wiped": self.wiped[:].count(0),
             "monotonic": time.clock_gettime(time.CLOCK_MONOTONIC),
             "boottime": time.clock_gettime(time.CLOCK_BOOTTIME),
             "sleeps": self.slept(),

@@ -92,6 +92,8 @@ def test_the_new_spec_counts(restoring_runc: Runc, outside: Outside) -> None:
     said = outside.hear()
     for clock, now in (("monotonic", time.monotonic()), ("boottime", time.clock_gettime(time.CLOCK_BOOTTIME))):
         assert first[clock] < said[clock] < now + ahead_s - away_s, clock  # the source ran on for a moment
+    assert (first["kept"], first["wiped"]) == (1 << 17, 0)
+    assert (said["kept"], said["wiped"]) == (1 << 17, 1 << 20)
     assert said["nofile"] == [1200, 2400]
     assert said["core"] == [7, 2048]  # the holder had set 7 itself
     assert said["nnp"] == "1"

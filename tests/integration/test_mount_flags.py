@@ -125,6 +125,7 @@ def test_a_root_that_was_writable(restoring_runc: Runc, volume: Path) -> None:
     restored(runc, mounting(volume, "rw", root_readonly=True))
     assert "Read-only file system" in written(runc, "/new")
     assert written(runc, "/data/new") == ""
+    assert json.loads(runc.exec("again", "cat", "/run/smr/restored.json").stdout)["container"] == "again"
     runc.checkpoint("again", "flags:1")
     runc.remove("again")
     restored(runc, mounting(volume, "rw"))
