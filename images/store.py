@@ -75,6 +75,10 @@ class Store:
         """Images of the index that cannot be read; `remove` takes their reference."""
         return [found for found in self._read_all() if isinstance(found, Broken)]
 
+    def tags(self, name: str) -> list[str]:
+        """The tags that images of this name have."""
+        return [entry.tag for entry in self._layout.entries() if entry.name == name]
+
     def ingest(self) -> AbstractContextManager[Ingest]:
         """Begin an image, and drop what dead makers left. Raises PERMISSION or DISK_FULL."""
         from smr.images.ingest import open_ingest, sweep

@@ -166,7 +166,7 @@ def parse(annotations: Mapping[str, str]) -> Annotations | None:
     ours = {key: value for key, value in annotations.items() if key.startswith(PREFIX) and key not in OWN_STATUS}
     for key in ours:
         _check_key(key)
-    timeout_s = _seconds(ours, HOOK_TIMEOUT)
+    timeout_s = seconds(ours, HOOK_TIMEOUT)
     pod = pods.pod_of(annotations)
     addressed = pods.addressed(annotations, pod)
     asks = RESTORE in ours or any(key.startswith(NAMED_PREFIX) for key in ours)
@@ -245,7 +245,8 @@ def _gpu_map(value: str) -> str:
     )
 
 
-def _seconds(ours: Mapping[str, str], key: str) -> float:
+def seconds(ours: Mapping[str, str], key: str) -> float:
+    """A number of seconds; 0 where there is none. Raises ANNOTATION_INVALID."""
     value = ours.get(key, "0")
     if re.fullmatch(r"\d{1,5}(\.\d{1,3})?", value):
         return float(value)

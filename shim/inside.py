@@ -148,14 +148,15 @@ def _hang_up(peer: socket.socket) -> None:
 def _connect(pid: int, endpoint: Endpoint, deadline: float, *, retry_refused: bool) -> socket.socket:
     while True:
         try:
-            return _connect_once(pid, endpoint, deadline)
+            return connect(pid, endpoint, deadline)
         except OSError as error:
             if not retry_refused or error.errno not in _NOT_YET or time.monotonic() + _RETRY_S >= deadline:
                 raise
             time.sleep(_RETRY_S)
 
 
-def _connect_once(pid: int, endpoint: Endpoint, deadline: float) -> socket.socket:
+def connect(pid: int, endpoint: Endpoint, deadline: float) -> socket.socket:
+    """A connection to a server inside the container of `pid`. Raises OSError."""
     if endpoint.unix:
         return _connect_unix(pid, endpoint.unix, deadline)
     first: OSError | None = None

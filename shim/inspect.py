@@ -43,6 +43,7 @@ class Summary:
             "gpus": dict(record.gpus),
             "tcp": dict(record.tcp),
             "resume_hook": record.resume,
+            "capture": record.capture,
             "lazy": lazy_progress(state.work_dir),
             "stages_s": record.stages_s(),
             "stages": [asdict(stage) for stage in record.stages],

@@ -97,6 +97,11 @@ def check_source(config: CheckpointConfig, image: str, digest: str) -> None:
         )
 
 
+def code_features() -> tuple[str, ...]:
+    """The features of this CPU by which libraries choose their code."""
+    return tuple(_relevant(cpu_flags()))
+
+
 def cpu_flags() -> tuple[str, ...]:
     """CPU features of this machine as /proc/cpuinfo names them, sorted."""
     return tuple(sorted(set(_cpuinfo("flags", "Features").split())))

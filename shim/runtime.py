@@ -17,19 +17,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from smr.proto.annotations import RESTORE, STATUS, STATUS_CODE, STATUS_REASON, Annotations, Fallback, wanted
+from smr.proto.annotations import RESTORE, Annotations, Fallback, wanted
 from smr.proto.errors import Code, SmrError
 from smr.proto.oci import Spec, as_object, load_spec
 from smr.shim import config as settings
 from smr.shim import log, rootless
 from smr.shim.asked import asked
+from smr.shim.cold import begin_capture, begin_record, captured_first, start_cold
 from smr.shim.config import Config
 from smr.shim.events import emit, emit_failure
 from smr.shim.files import write_atomic
 from smr.shim.oci_args import RuntimeCall, parse_call
 from smr.shim.pods import is_meant
 from smr.shim.real_runtime import real_runtime
-from smr.shim.state import ContainerState, GoneError, Record, Status, begin, find
+from smr.shim.state import ContainerState, GoneError, Record, Status, find
 
 # An id is a folder's name: not "." and not "..".
 _ID = re.compile(r"(?!\.\.?$)[\w+.-]+", re.ASCII)
@@ -87,14 +88,16 @@ def create(call: RuntimeCall, config: Config) -> int:
         exec_real(call, config)
     annotations = _asked(call, config, spec)
     if annotations is None or not is_meant(annotations, spec, config):
+        begin_capture(call, config, spec)
         exec_real(call, config)
     error = try_restore(call, spec, annotations, config, then_exit=True)
     if error is None:
         return 0
-    if annotations.fallback is Fallback.FAIL:
+    if annotations.fallback is Fallback.FAIL and not captured_first(spec, error):
         emit_failure(config, "restore_failed", call.id, spec.annotations, error, annotations.restore)
         raise error
     start_cold(call, config, annotations, error)
+    begin_capture(call, config, spec, annotations.restore, error)
     # Not as a child: the engine's signals, descriptors and kill -9 are the real runtime's to get.
     exec_real(call, config)
 
@@ -102,7 +105,12 @@ def create(call: RuntimeCall, config: Config) -> int:
 def _asked(call: RuntimeCall, config: Config, spec: Spec) -> Annotations | None:
     """What the annotations ask for; a wrong one is told, and raised, whatever they say of a fallback."""
     try:
-        return asked(spec)
+        found = asked(spec)
+        if found is None or ":" in found.restore:
+            return found
+        from smr.shim.capture_key import resolved
+
+        return resolved(found, spec, call.bundle, call.id, config)
     except SmrError as error:
         emit_failure(config, "restore_failed", call.id, spec.annotations, error, spec.annotations.get(RESTORE, ""))
         raise
@@ -136,7 +144,7 @@ def try_restore(
         annotations=dict(spec.annotations),
         mounts_before=mounts_below(rootfs),
     )
-    state = _begin(config, record)
+    state = begin_record(config, record)
     with state.locked(), Guard(lambda: _guard_undo(state.path, config)) as guard:
         try:
             restore(call, spec, annotations, config, state)
@@ -150,16 +158,6 @@ def try_restore(
         if then_exit:
             guard.exit(0)
     return None
-
-
-def _begin(config: Config, record: Record) -> ContainerState:
-    """Begin, also where a container of this id was killed or went past us, and its record is all that is left."""
-    known = find(config.run, record.root, record.id)
-    if known is not None:
-        from smr.shim.sweep import drop_if_gone
-
-        drop_if_gone(known, [])
-    return begin(config.run, record)
 
 
 def _failed(state: ContainerState, config: Config, error: SmrError) -> SmrError:
@@ -197,36 +195,6 @@ def _guard_undo(path: Path, config: Config) -> None:
     reason = f"process {state.record.owner_pid} was killed"
     facts = {"container": state.record.id, "image": state.record.image, "reason": reason, "problems": problems}
     emit(config, "restore_killed", facts, state.record.annotations)
-
-
-def start_cold(call: RuntimeCall, config: Config, annotations: Annotations, error: SmrError) -> None:
-    """Record why a container starts cold where its user looks: its log, its annotations, `smr ps`, our log."""
-    message = f"smr: started cold, {annotations.restore} was not restored: {error}"
-    log.runtime_message(call.log, call.log_format, "warning", message)
-    if call.log is not None:
-        print(message, file=sys.stderr, flush=True)  # noqa: T201
-    spec = load_spec(call.bundle)
-    status = {STATUS: Status.COLD.value, STATUS_CODE: error.code.value, STATUS_REASON: str(error)}
-    path = call.bundle / "config.json"
-    document = {**spec.document, "annotations": {**spec.annotations, **status}}
-    write_atomic(path, json.dumps(document).encode(), mode=path.stat().st_mode & 0o777, durable=False)
-    if not rootless.obstacle():  # else there is no state directory to keep a record in
-        _begin(config, _cold_record(call, config, spec, annotations, error))
-    emit_failure(config, "started_cold", call.id, spec.annotations, error, annotations.restore)
-
-
-def _cold_record(call: RuntimeCall, config: Config, spec: Spec, annotations: Annotations, error: SmrError) -> Record:
-    return Record(
-        id=call.id,
-        root=call.root,
-        bundle=str(call.bundle),
-        image=annotations.restore,
-        runtime=real_runtime(config),
-        status=Status.COLD,
-        reason=str(error),
-        reason_code=error.code.value,
-        annotations=dict(spec.annotations),
-    )
 
 
 def start(call: RuntimeCall, config: Config) -> int:

@@ -93,6 +93,7 @@ class Record:
     pages: Mapping[str, str | int] = field(default_factory=dict)
     gpus: Mapping[str, str] = field(default_factory=dict)
     tcp: Mapping[str, int] = field(default_factory=dict)
+    capture: str = ""
     resume: str = ""
     resume_timeout_s: float = 0.0
     criu_options: tuple[str, ...] = ()

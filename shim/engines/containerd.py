@@ -53,7 +53,12 @@ def find(name: str, runtime: str) -> Target | None:
         raise SmrError(
             f"{name} names several containerd containers: {places}", hint="give the whole id", code=Code.CONTAINER_NOT_FOUND
         )
-    return _target(matches[0], runtime)
+    return target_of(matches[0], runtime)
+
+
+def is_bundle(bundle: Path) -> bool:
+    """Whether a bundle is one of containerd's."""
+    return bundle.parent.parent.name == _TASKS
 
 
 def _matches(name: str) -> list[Path]:
@@ -69,7 +74,8 @@ def _names(spec: Spec) -> list[str]:
     return [spec.annotations[key] for key in _NAMES if key in spec.annotations]
 
 
-def _target(bundle: Path, runtime: str) -> Target:
+def target_of(bundle: Path, runtime: str) -> Target:
+    """The container of a bundle."""
     namespace, container_id = bundle.parent.name, bundle.name
     state = runtime_state.query(runtime, f"{_root(bundle)}/{namespace}", container_id)
     spec = load_spec(bundle)
@@ -113,7 +119,7 @@ def info(namespace: str, container_id: str, *, socket: str = "") -> Json:
 
 def source_of_bundle(bundle: Path, container_id: str) -> tuple[str, str] | None:
     """Name and manifest digest of a container's image; None when the bundle is not containerd's or the root is no image."""
-    if bundle.parent.parent.name != _TASKS:
+    if not is_bundle(bundle):
         return None
     namespace = bundle.parent.name
     # Within the shim CONTAINERD_ADDRESS is not set, but the state directory shows where the socket is.

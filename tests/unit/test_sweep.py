@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from smr.proto.errors import Code, SmrError
-from smr.shim import procs, runtime, sweep
+from smr.shim import cold, procs, sweep
 from smr.shim.config import Config
 from smr.shim.state import ContainerState, Record, Status, begin, find
 
@@ -131,7 +131,7 @@ def test_create_takes_the_place_of_a_stale_record(config: Config, monkeypatch: p
     old = left(config, status=Status.RESTORING)
     old.created_marker.touch()
     calls = undone(monkeypatch, [])
-    state = runtime._begin(config, record(config))
+    state = cold.begin_record(config, record(config))
     assert calls == ["c1"]
     assert state.owner_alive()
     assert not state.created_marker.exists()
@@ -141,5 +141,5 @@ def test_create_beside_a_living_container_is_refused(config: Config) -> None:
     """The id is in use."""
     left(config, pid=os.getpid(), pid_started=procs.started(os.getpid()))
     with pytest.raises(SmrError) as caught:
-        runtime._begin(config, record(config))
+        cold.begin_record(config, record(config))
     assert caught.value.code is Code.CONTAINER_STATE
