@@ -10,7 +10,8 @@ usage() {
 usage: install.sh [OPTION...]           install, or bring an installation up to these options
        install.sh --uninstall [--purge] take everything away again (the image store only with --purge)
        install.sh --criu-only --prefix DIR   only a private CRIU, in DIR/criu
-       install.sh --make-bundle FILE    pack what a node without a network needs; install there with --bundle FILE
+       install.sh --make-bundle FILE    pack what a node without a network needs; install there with --bundle FILE (FOLDER/ is
+                                        not packed)
 
   --dry-run             say what would be done and change nothing
   --prefix DIR          where SMR lives (default /opt/smr)
@@ -26,22 +27,24 @@ usage: install.sh [OPTION...]           install, or bring an installation up to 
   --bundle FILE         take everything from a bundle and nothing from the network (its folder, when it is unpacked already)
   --cache DIR           keep and reuse downloads there
   --mirror ADDRESS      Debian archive for CRIU (default: those of the machine's apt sources)
+  --setting NAME=VALUE  a line of /etc/smr/smr.toml (repeat it; NAME= takes it back)
   --containerd-config FILE  (default /etc/containerd/config.toml)
   --restart             restart an engine whose configuration changed (default: only say how)
   --force               uninstall though containers run that need SMR
   --root DIR            put everything outside the prefix below DIR (for building images, and for tests)
 
 For --make-bundle: --python 3.12 for the nodes' Python (repeat it; default 3.11, 3.12 and 3.13), --prefix DIR for the nodes' prefix,
---with-runc to add a runc for nodes that have neither runc nor crun; --source, --wheels, --cache and --mirror as above.
+--with-runc to add a runc for nodes that have neither runc nor crun, --with-python to add a Python and a shell of our own (then --python
+is needed only for nodes that use theirs all the same); --source, --wheels, --cache and --mirror as above.
 
---default-runtime, --engines, --criu, --runtime and --containerd-config hold for later runs too, until given again (--criu and
+--default-runtime, --engines, --criu, --runtime, --setting and --containerd-config hold for later runs too, until given again (--criu and
 --runtime also take auto).
 TEXT
 }
 
 HERE=$(cd "$(dirname "$0")" && pwd)
-PREFIX=/opt/smr ROOT='' DRY='' MIRROR='' CACHE='' SOURCE=$HERE WHEELS='' PYTHON='' BUNDLE='' PYTHONS='' with_runc='' source_name=''
-verb=install purge='' force='' restart='' engines='' criu='' runtime='' default_runtime='' containerd_config=''
+PREFIX=/opt/smr ROOT='' DRY='' MIRROR='' CACHE='' SOURCE=$HERE WHEELS='' PYTHON='' BUNDLE='' PYTHONS='' with_runc='' with_python='' source_name='' bundle_folder=''
+verb=install purge='' force='' restart='' engines='' criu='' runtime='' default_runtime='' containerd_config='' settings=''
 
 die_usage() {
     printf 'install.sh: %s\n' "$*" >&2
@@ -55,7 +58,7 @@ while [ $# -gt 0 ]; do
     case $option in
         --*=*) value=${option#*=} option=${option%%=*} ;;
         --prefix | --engines | --criu | --runtime | --python | --source | --wheels | --cache | --mirror | --containerd-config | --root | \
-            --bundle | --make-bundle)
+            --bundle | --make-bundle | --setting)
             [ $# -gt 1 ] || die_usage "$option needs a value"
             shift
             value=$1
@@ -70,9 +73,13 @@ while [ $# -gt 0 ]; do
         --dry-run) DRY=1 ;;
         --uninstall) verb=uninstall ;;
         --criu-only) verb=criu_only ;;
-        --make-bundle) verb=make_bundle bundle_file=$(absolute "$value") ;;
+        --make-bundle)
+            verb=make_bundle bundle_file=$(absolute "$value")
+            case $value in */) bundle_folder=1 ;; esac
+            ;;
         --bundle) BUNDLE=$(absolute "$value") ;;
         --with-runc) with_runc=1 ;;
+        --with-python) with_python=1 ;;
         --purge) purge=1 ;;
         --force) force=1 ;;
         --restart) restart=1 ;;
@@ -93,6 +100,13 @@ while [ $# -gt 0 ]; do
         --cache) CACHE=$(absolute "$value") ;;
         --mirror) MIRROR=$value ;;
         --engines) engines=$value ;;
+        --setting)
+            case $value in
+                *[[:space:]]*) die_usage "--setting: '$value' has a blank in it" ;;
+                [a-z]*=*) settings="$settings $value" ;;
+                *) die_usage "--setting: '$value' is not NAME=VALUE" ;;
+            esac
+            ;;
         --containerd-config) containerd_config=$(absolute "$value") ;;
         *) die_usage "unknown option $option" ;;
     esac
@@ -111,6 +125,8 @@ export TMPDIR="$TMP" # what pip and others leave when they are killed goes with 
 . "$HERE/deploy/criu.sh"
 # shellcheck source=deploy/bundle.sh
 . "$HERE/deploy/bundle.sh"
+# shellcheck source=deploy/python.sh
+. "$HERE/deploy/python.sh"
 
 child=''
 # shellcheck disable=SC2329  # called by the trap
@@ -145,7 +161,9 @@ quietly() { # COMMAND...: output only when it fails; a signal ends it at once
 }
 
 register() { # VERB ARGUMENT...: smr.shim.register from the source, or as installed when the source is not there
-    if [ -e "$SOURCE" ] && [ -n "$PYTHON" ]; then
+    if [ -n "$own_python" ]; then
+        "$PYTHON" -I -B -m smr.shim.register "$@"
+    elif { [ -f "$SOURCE" ] || [ -d "$SOURCE/shim" ]; } && [ -n "$PYTHON" ]; then
         unpacked_source
         PYTHONPATH=$TMP/path PYTHONDONTWRITEBYTECODE=1 PYTHONSAFEPATH=1 "$PYTHON" -s -m smr.shim.register "$@"
     else
@@ -163,7 +181,14 @@ unpacked_source() { # in TMP/path, as Python imports it
     fi
 }
 
+own_python='' # set when PYTHON is the bundle's, the package in it
+
 find_python() { # needed|if-there: sets PYTHON
+    if [ -z "$PYTHON" ] && [ -d "${BUNDLE:-/nowhere}/python" ]; then
+        own_python=1
+        bundled_python
+        return 0
+    fi
     # shellcheck disable=SC2086
     for name in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
         found=$("$name" -I -c 'import sys, ensurepip, venv; assert (3, 11) <= sys.version_info < (3, 14); print(sys.executable)' 2>/dev/null) || continue
@@ -181,7 +206,10 @@ settle_options() {
     : "${engines:=$(remembered engines)}" "${criu:=$(remembered criu)}" "${runtime:=$(remembered runtime)}"
     : "${default_runtime:=$(remembered default_runtime)}" "${containerd_config:=$(remembered containerd_config)}"
     : "${engines:=auto}" "${criu:=auto}" "${runtime:=auto}" "${default_runtime:=no}" "${containerd_config:=/etc/containerd/config.toml}"
-    for name in engines criu runtime default_runtime containerd_config; do
+    # shellcheck disable=SC2046,SC2086  # words
+    settings=$(printf '%s\n' $(remembered settings) $settings | awk -F = '{ value[$1] = $0 } !seen[$1]++ { order[++n] = $1 }
+        END { for (i = 1; i <= n; i++) if (value[order[i]] !~ /=$/) printf "%s ", value[order[i]] }')
+    for name in engines criu runtime default_runtime containerd_config settings; do
         eval "printf '%s=%s\n' $name \"\$$name\""
     done >"$TMP/options"
 }
@@ -293,6 +321,10 @@ build_venv() { # a venv that will live in PREFIX/venv, made beside it: programs 
 }
 
 provide_package() {
+    if [ -n "$own_python" ]; then
+        provide_own_python
+        return
+    fi
     id=$(package_id)
     if [ "$(cat "$PREFIX/venv/.smr-id" 2>/dev/null)" = "$id" ] && "$PREFIX/venv/bin/python" -I -c 'import smr.shim.register' 2>/dev/null; then
         want_tree "$PREFIX/venv" '' ''
@@ -310,6 +342,7 @@ plan() { # VERB
     set -- "$1" --prefix "$PREFIX" --root "${ROOT:-/}" --criu "$criu" --runtime "$runtime" --stage "$TMP/stage" \
         --templates "$HERE/deploy/hooks.d" --engines "$engines" --containerd-config "$containerd_config"
     [ "$default_runtime" = no ] || set -- "$@" --default-runtime
+    for setting in $settings; do set -- "$@" --setting "$setting"; done
     register "$@"
 }
 
@@ -333,11 +366,19 @@ engine_files() { # the digest of what an engine reads, to see whether it changed
 
 tell_restart() { # ENGINE DIGEST-BEFORE
     [ "$(engine_files "$1")" != "$2" ] && [ -z "$DRY$ROOT" ] || return 0
+    if command -v systemctl >/dev/null; then
+        service="systemctl restart $1"
+    elif command -v rc-service >/dev/null; then
+        service="rc-service $1 restart"
+    else
+        say "to take effect, $1 must be restarted"
+        return 0
+    fi
     if [ -n "$restart" ]; then
         say "restarting $1"
-        systemctl restart "$1" || say "warning: systemctl restart $1 failed"
+        $service || say "warning: $service failed"
     else
-        say "to take effect, type: systemctl restart $1"
+        say "to take effect, type: $service"
     fi
 }
 
@@ -345,7 +386,7 @@ in_use() { # the engines' processes of containers that run through SMR
     for process in /proc/[0-9]*; do
         case $(cat "$process/comm" 2>/dev/null) in
             conmon | containerd-shim*)
-                if tr '\0' '\n' 2>/dev/null <"$process/cmdline" | grep -qF "$PREFIX/" || tr '\0' '\n' 2>/dev/null <"$process/environ" | grep -F PATH= | grep -qF "$PREFIX/"; then
+                if tr '\0' '\n' 2>/dev/null <"$process/cmdline" | grep -qF "$PREFIX/" || tr '\0' '\n' 2>/dev/null <"$process/environ" | grep -F PATH= | grep -qF -e "$PREFIX/" -e /smr-path:; then
                     printf ' %s' "${process##*/}"
                 fi
                 ;;

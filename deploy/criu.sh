@@ -121,17 +121,17 @@ find_libraries() { # sets loader and libraries for the unpacked tree
     libraries=$(dirname "$(find "$TMP/tree" -name 'libc.so.6' | head -n 1)")
 }
 
-collect() { # DEST [PROGRAM]: criu, or that, and all the libraries that it needs, directly or not
-    mkdir -p "$1/sbin" "$1/lib"
-    cp "$TMP/tree/usr/sbin/${2:-criu}" "$1/sbin/${2:-criu}"
-    queue="$1/sbin/${2:-criu}"
+collect() { # DEST FILE...: into DEST/lib all the libraries that the files need, directly or not
+    dest=$1
+    shift
+    queue=$*
     while [ -n "$queue" ]; do
         next=''
         for file in $queue; do
             for name in $(needed "$file"); do
-                [ ! -e "$1/lib/$name" ] || continue
-                cp -L "$libraries/$name" "$1/lib/$name" 2>/dev/null || fail "the packages of $LOCK lack $name, which $(basename "$file") needs"
-                next="$next $1/lib/$name"
+                [ ! -e "$dest/lib/$name" ] || continue
+                cp -L "$libraries/$name" "$dest/lib/$name" 2>/dev/null || fail "the packages of Debian $SUITE lack $name, which $(basename "$file") needs"
+                next="$next $dest/lib/$name"
             done
         done
         queue=$next
@@ -146,15 +146,24 @@ private_criu() { # DEST FINAL: builds in DEST what will run from FINAL
 
 privately() { # DEST FINAL PROGRAM: of the unpacked tree, with its own loader and libraries
     find_libraries
-    collect "$1" "$3"
+    mkdir -p "$1/sbin" "$1/lib"
+    cp "$TMP/tree/usr/sbin/$3" "$1/sbin/$3"
+    collect "$1" "$1/sbin/$3"
+    own_loader "$1" "$2" "sbin/$3"
+    chmod 0755 "$1" "$1/sbin" "$1/lib" "$1/sbin/$3"
+}
+
+own_loader() { # DEST FINAL PROGRAM: a program in DEST that will run from FINAL finds its loader and libraries in lib
     cp -L "$loader" "$1/lib/"
+    # patchelf 0.18 breaks large programs when it does both at once, or in the other order.
     # shellcheck disable=SC2016  # $ORIGIN is the loader's
-    tree_patchelf --set-interpreter "$2/lib/${loader##*/}" --force-rpath --set-rpath '$ORIGIN/../lib' "$1/sbin/$3"
+    tree_patchelf --force-rpath --set-rpath '$ORIGIN/../lib' "$1/$3"
+    tree_patchelf --set-interpreter "$2/lib/${loader##*/}" "$1/$3"
     # shellcheck disable=SC2016
     for library in "$1"/lib/*; do
+        [ -f "$library" ] || continue
         case ${library##*/} in libc.so.6 | ld-linux*) ;; *) tree_patchelf --force-rpath --set-rpath '$ORIGIN' "$library" ;; esac
     done
-    chmod 0755 "$1" "$1/sbin" "$1/lib" "$1/sbin/$3"
 }
 
 lock_id() { awk -v arch="$ARCH" '$1 !~ /^#/ && $3 == arch' "$LOCK" | sha256sum | cut -d' ' -f1; }

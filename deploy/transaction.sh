@@ -76,7 +76,11 @@ begin() {
 
 lock() { # on the folder around the prefix, so that it can be held before the prefix is there
     exec 8<"$(dirname "$PREFIX")"
-    flock -n 8 || fail "another run is in progress"
+    if command -v flock >/dev/null; then
+        flock -n 8
+    else # as in Debian's busybox; the lock stays with our descriptor
+        "${PYTHON:-$PREFIX/venv/bin/python3}" -I -c 'import fcntl; fcntl.flock(8, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null
+    fi || fail "another run is in progress"
 }
 
 open_state() {
@@ -165,7 +169,18 @@ want_file() { # MODE PATH STAGED keep|replace WHY
     [ -n "$DRY" ] || { save "$path" && put "$3" "$path" "$1"; } || fail "cannot write $path"
 }
 
+writable() { # PATH: whether a file can be made there, or in the nearest folder that is there
+    dir=$(dirname "$1")
+    while [ ! -d "$dir" ]; do dir=$(dirname "$dir"); done
+    touch -c -r "$dir" "$dir" 2>/dev/null # busybox's test -w does not ask the kernel
+}
+
 want_link() { # PATH TARGET WHY
+    path=$(here "$1")
+    if [ "$(readlink "$path" || :)" != "$2" ] && ! writable "$path"; then
+        say "$path is not linked ($3): its folder is read-only"
+        return
+    fi
     want_dir "$(dirname "$1")"
     path=$(here "$1")
     mine link "$path"

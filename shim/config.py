@@ -104,6 +104,17 @@ def defaults(environ: Mapping[str, str] | None = None) -> Config:
     return load(Path(os.devnull), environ)
 
 
+def parse_settings(words: Sequence[str]) -> dict[str, str | float]:
+    """Settings of smr.toml as NAME=VALUE; numbers where numbers are needed. Raises CONFIG_INVALID."""
+    values: dict[str, str | float] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        _check({name: value}, Path("--setting"))
+        typed = _typed(name, value, Path("--setting"))
+        values[name] = typed if isinstance(typed, int | float) else value
+    return values
+
+
 def _typed(name: str, value: object, file: Path) -> object:
     if name in _PATHS:
         return Path(str(value)).absolute()
@@ -128,22 +139,36 @@ def _from_file(file: Path) -> dict[str, object]:
     except (OSError, ValueError) as error:
         raise SmrError(f"cannot read {file}: {error}", hint=f"correct or remove {file}", code=Code.CONFIG_INVALID) from error
     table = document.pop("smr", {})
-    known = [f.name for f in fields(Config) if f.name != "run"]
+    known = _known()
     for key in document:
         hint = f"put it under [smr]: {key}" if key in known else _suggestion(key, ["smr"])
         raise SmrError(f"{file}: unknown key '{key}' outside [smr]", hint=hint, code=Code.CONFIG_INVALID)
     if not isinstance(table, dict):
         raise SmrError(f"{file}: smr is no table", hint="begin it with a line [smr]", code=Code.CONFIG_INVALID)
     for key, value in table.items():
+        if key in _NUMBERS and isinstance(value, str):
+            raise _wrong(key, value, file)
+    _check(table, file)
+    return table
+
+
+def _check(table: Mapping[str, object], file: Path) -> None:
+    """Raise unless all names are known and all values of their kinds; a number may be text here."""
+    known = _known()
+    for key, value in table.items():
         if key not in known:
             raise SmrError(f"{file}: unknown key '{key}'", hint=_suggestion(key, known), code=Code.CONFIG_INVALID)
-        number = _NUMBERS.get(key)
-        if number and not isinstance(value, str):
-            continue
-        if number or not isinstance(value, str) or (key in _PATHS and not value.startswith("/")):
-            needed = number or ("an absolute path" if key in _PATHS else "a string")
-            raise SmrError(f"{file}: {key} = {value!r}: needed {needed}", hint=f"correct {file}", code=Code.CONFIG_INVALID)
-    return table
+        if key not in _NUMBERS and (not isinstance(value, str) or (key in _PATHS and not value.startswith("/"))):
+            raise _wrong(key, value, file)
+
+
+def _wrong(key: str, value: object, file: Path) -> SmrError:
+    needed = _NUMBERS.get(key) or ("an absolute path" if key in _PATHS else "a string")
+    return SmrError(f"{file}: {key} = {value!r}: needed {needed}", hint=f"correct {file}", code=Code.CONFIG_INVALID)
+
+
+def _known() -> list[str]:
+    return [f.name for f in fields(Config) if f.name != "run"]
 
 
 def _suggestion(key: str, known: Sequence[str]) -> str:

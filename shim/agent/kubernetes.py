@@ -64,7 +64,11 @@ class Cluster:
 
 
 def find(environ: Mapping[str, str] = os.environ, secrets: Path = SECRETS) -> Cluster | None:
-    """The cluster that this process runs in; None where it runs in none."""
+    """The cluster that this process runs in; None where it runs in none.
+
+    SMR_SERVICEACCOUNT names the folder of the token where it is seen elsewhere, as from a node's own mount namespace.
+    """
+    secrets = Path(environ.get("SMR_SERVICEACCOUNT", secrets))
     host, port = environ.get("KUBERNETES_SERVICE_HOST", ""), environ.get("KUBERNETES_SERVICE_PORT", "443")
     if not host or not (secrets / "token").exists():
         return None

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from smr.proto.errors import SmrError, exit_status
+from smr.shim.config import parse_settings
 from smr.shim.register import containerd, containerd_dump, crio, node, podman
 from smr.shim.register.files import Change, Note, Site, stage
 from smr.shim.register.toml_edit import strip
@@ -28,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
                 criu=options.criu,
                 runtime=options.runtime,
                 default_runtime=options.default_runtime,
+                settings=parse_settings(options.setting),
             )
             (_plan if options.verb == "plan" else _check)(site, options)
     except SmrError as error:
@@ -55,8 +57,13 @@ def _containerd(site: Site, options: argparse.Namespace) -> list[Change]:
         return [note, *containerd.plan(site, config=options.containerd_config, major=None)]
     before = containerd_dump.dump(binary, site, options.containerd_config)
     version = containerd_dump.version(binary)
-    by_path = containerd.uses_runtime_path(version)
-    changes = containerd.plan(site, config=options.containerd_config, major=version[0], by_path=by_path)
+    changes = containerd.plan(
+        site,
+        config=options.containerd_config,
+        major=version[0],
+        by_path=containerd.uses_runtime_path(version),
+        builtin=containerd_dump.runc_of(before),
+    )
     if not all(isinstance(change, Note) for change in changes):
         (options.stage / _BEFORE).write_text(json.dumps(before, default=str))
     return changes
@@ -83,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--engines", default="")
         verb.add_argument("--containerd-config", type=Path, default=containerd.CONFIG)
         verb.add_argument("--default-runtime", action="store_true")
+        verb.add_argument("--setting", action="append", default=[])
     verbs.add_parser("strip").add_argument("file", type=Path)
     return parser
 

@@ -61,10 +61,13 @@ def uses_runtime_path(version: tuple[int, ...]) -> bool:
     return version >= (1, 7, 1) or (1, 6, 21) <= version < (1, 7)
 
 
-def plan(site: Site, *, config: Path = CONFIG, major: int | None, by_path: bool = True) -> list[Change]:
+def plan(
+    site: Site, *, config: Path = CONFIG, major: int | None, by_path: bool = True, builtin: Table | None = None
+) -> list[Change]:
     """What to write. `major` is containerd's version, None where it is not installed (then the file's version decides).
 
-    `by_path`: see `uses_runtime_path`.
+    `by_path`: see `uses_runtime_path`. `builtin`: runc's table as containerd has it when nobody writes one; 1.7's says more than
+    its type (sandbox_mode).
     """
     sources = list(_load(site, config))
     main = sources[0] if sources and not sources[0].ours else None
@@ -85,7 +88,8 @@ def plan(site: Site, *, config: Path = CONFIG, major: int | None, by_path: bool 
     runtimes: Table = {RUNTIME: _runtime(site, containerd, by_path)}
     notes = [] if by_path else _bypassed(containerd)
     if not merges and "runtimes" not in containerd:
-        runtimes = {"runc": RUNC, **runtimes}
+        runc = {key: value for key, value in (builtin or {}).items() if value} | RUNC
+        runtimes = {"runc": runc, RUNTIME: runc | _runtime(site, containerd, by_path)}
     table = ["plugins", plugin, "containerd"]
     addition = nest([*table, "runtimes"], runtimes)
     default: Table = {"default_runtime_name": RUNTIME} if site.default_runtime else {}

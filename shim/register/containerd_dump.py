@@ -50,6 +50,11 @@ def dump(containerd: Path, site: Site, config: Path = CONFIG) -> Table:
     return parse(text, config)
 
 
+def runc_of(dumped: Table) -> Table:
+    """The table of the runtime `runc` in a dump; empty where there is none."""
+    return next((found for name in _PLUGINS if (found := at(dumped, "plugins", name, "containerd", "runtimes", "runc"))), {})
+
+
 def _relocated(site: Site, config: Path, folder: Path) -> Path:
     """A copy whose imports point below the root (nested imports are left alone)."""
     text = site.at(config).read_bytes().decode()

@@ -12,8 +12,8 @@ Paths are those on the node: install.sh puts --root in front. STAGED and BASE ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from smr.proto.errors import Code, SmrError
@@ -21,13 +21,17 @@ from smr.proto.errors import Code, SmrError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """What is registered where. `root` is put in front of every path that is read; contents never name it."""
+    """What is registered where. `root` is put in front of every path that is read; contents never name it.
+
+    `settings`: more for smr.toml, checked by smr.shim.config.
+    """
 
     prefix: Path
     root: Path = Path("/")
     criu: Path
     runtime: Path
     default_runtime: bool = False
+    settings: Mapping[str, str | float] = field(default_factory=dict)
 
     def at(self, path: Path) -> Path:
         """Where `path` of the node lies on this machine."""

@@ -21,7 +21,7 @@ def plan(site: Site, templates: Path) -> list[Change]:
 
 
 def _settings(site: Site) -> list[Change]:
-    values = render({"smr": {"criu": str(site.criu), "runtime": str(site.runtime)}})
+    values = render({"smr": {"criu": str(site.criu), "runtime": str(site.runtime), **site.settings}})
     text = f"# Settings of SMR; install.sh leaves your changes alone. Also known under [smr]: store, log.\n{values}"
     return [
         File(path=SETTINGS / "smr.toml", text=text, why="settings: CRIU and the OCI runtime", keep_edited=True),

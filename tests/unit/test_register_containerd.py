@@ -66,6 +66,15 @@ def cri(text: str, plugin: str = V2) -> dict[str, Any]:
     return found
 
 
+def test_what_1_7_builds_in_beside_runcs_type_stays(site: Site) -> None:
+    """Writing the table of runtimes replaces the built-in one: all of runc's goes into it, and into ours, but no empty values."""
+    builtin = {"runtime_type": "io.containerd.runc.v2", "sandbox_mode": "podsandbox", "base_runtime_spec": "", "options": {}}
+    file = only(containerd.plan(site, config=CONFIG, major=1, builtin=builtin))
+    runtimes = cri(file.text)["runtimes"]
+    assert runtimes["runc"] == {"runtime_type": "io.containerd.runc.v2", "sandbox_mode": "podsandbox"}
+    assert runtimes["smr"]["sandbox_mode"] == "podsandbox"
+
+
 @pytest.mark.parametrize(("major", "version", "plugin"), [(1, 2, V2), (2, 3, V3), (None, 2, V2)])
 def test_no_configuration_makes_one_that_its_containerd_understands(
     site: Site, major: int | None, version: int, plugin: str
