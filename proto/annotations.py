@@ -157,8 +157,8 @@ def wanted(annotations: Mapping[str, str]) -> bool:
 def parse(annotations: Mapping[str, str]) -> Annotations | None:
     """Parse the `smr.` keys of a spec's annotations; None when there are none.
 
-    Also None when they only say how the container is to be checkpointed (CHECKPOINT_KEYS), and when those of a pod address others
-    of its containers.
+    Also None when they only say how the container is to be checkpointed (CHECKPOINT_KEYS, CRIU's options of a dump), and when
+    those of a pod address others of its containers.
     Raises SmrError ANNOTATION_UNKNOWN or ANNOTATION_INVALID, whatever `smr.fallback` says.
     """
     if not wanted(annotations):
@@ -170,7 +170,7 @@ def parse(annotations: Mapping[str, str]) -> Annotations | None:
     pod = pods.pod_of(annotations)
     addressed = pods.addressed(annotations, pod)
     asks = RESTORE in ours or any(key.startswith(NAMED_PREFIX) for key in ours)
-    if not asks and set(ours) <= CHECKPOINT_KEYS:
+    if not asks and all(key in CHECKPOINT_KEYS or _of_dump(key, value) for key, value in ours.items()):
         return None
     if not asks:
         present = ", ".join(sorted(ours))
@@ -212,6 +212,12 @@ def _check_key(key: str) -> None:
     close = get_close_matches(key, KEYS, n=1)
     hint = f"did you mean {close[0]}?" if close else "known: " + ", ".join(KEYS)
     raise SmrError(f"unknown annotation {key}", hint=hint, code=Code.ANNOTATION_UNKNOWN, annotation=key)
+
+
+def _of_dump(key: str, value: str) -> bool:
+    """Whether this is an option of CRIU's that counts at a checkpoint of this very container."""
+    name = key.removeprefix(CRIU_PREFIX)
+    return key.startswith(CRIU_PREFIX) and _criu(key, value) == value and OPTIONS[name].dump
 
 
 def _criu(key: str, value: str) -> str:

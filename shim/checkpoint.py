@@ -40,10 +40,11 @@ from smr.images.store import Store
 from smr.proto.annotations import Tcp, check_reference
 from smr.proto.checkpoint import MOUNT_ANNOTATION, CheckpointConfig, Hooks, Host, LayerType, Source
 from smr.proto.errors import Code, SmrError
+from smr.proto.oci import parse_spec
 from smr.shim import cgroups, clocks, criu, criu_why, inotify, network, preflight, procs, rootfs, rootless, stdio, tmpfs
 from smr.shim.config import Config
 from smr.shim.criu import Criu
-from smr.shim.dump import flags_of, options, session_options
+from smr.shim.dump import asked_options, flags_of, options, session_options
 from smr.shim.engines import locate, runtime_state
 from smr.shim.engines.target import Target
 from smr.shim.events import emit, emit_failure
@@ -156,7 +157,7 @@ class _Checkpoint:
     def make(self, name: str) -> Result:
         stages = self.stages
         chosen = options() | session_options(self.target.pid) | inotify.dump_options(self.target.pid)
-        chosen |= stdio.dump_externals(self.target.pid)
+        chosen |= stdio.dump_externals(self.target.pid) | asked_options(self.target.spec.annotations)
         flags_of(self.target.runtime)  # asks the runtime, which need not be while all wait
         lost: SmrError | None = None
         root = rootfs.find(self.target, self.config)
@@ -338,7 +339,8 @@ def _with_options(facts: CheckpointConfig, folder: Path, chosen: Mapping[str, st
 
     wipe(folder)
     found = needs(folder)
-    why = criu_why.of_dump(chosen, {**found.dump, **found.restore})
+    asked = asked_options(parse_spec(facts.spec).annotations)
+    why = criu_why.of_dump(chosen, {**found.dump, **found.restore}, asked)
     return replace(
         facts,
         criu_options=tuple(found.restore),

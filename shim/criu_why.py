@@ -5,7 +5,7 @@ The reasons that come of what was in the tree are `smr.images.criu_needs`'; the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from smr.proto.annotations import CRIU_PREFIX, Annotations, Tcp
 from smr.proto.checkpoint import CheckpointConfig
@@ -29,9 +29,10 @@ _RESTORE = {
 }
 
 
-def of_dump(chosen: Mapping[str, str], found: Mapping[str, str]) -> dict[str, str]:
-    """Option to reason, for the options of a dump; `found` are the reasons that the dump itself gives."""
-    return {name: found.get(name) or _DUMP.get(name) or NOT_USED for name in chosen}
+def of_dump(chosen: Mapping[str, str], found: Mapping[str, str], asked: Collection[str] = ()) -> dict[str, str]:
+    """Option to reason, for the options of a dump; `found`: reasons that the dump itself gives, `asked`: the container's."""
+    reasons = {name: found.get(name) or _DUMP.get(name) or NOT_USED for name in chosen}
+    return reasons | {name: f"{CRIU_PREFIX}{name} asks for it" for name in asked if reasons.get(name) == NOT_USED}
 
 
 def of_restore(

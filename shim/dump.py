@@ -9,6 +9,8 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from smr.proto.annotations import CRIU_PREFIX
+from smr.proto.criu_options import OPTIONS, check_option
 from smr.proto.errors import Code, SmrError
 from smr.shim import criu
 from smr.shim.criu import Criu
@@ -20,6 +22,7 @@ from smr.shim.run import run
 _GHOST_LIMIT = "1G"
 # With less than this free on the store, a dump that failed failed for want of space.
 _FULL_BYTES = 1 << 20
+_OURS = frozenset({"tcp-close", "tcp-established", "skip-in-flight", "manage-cgroups"})
 # Option of CRIU to the flag of a newer runc.
 _NEWER_FLAGS = {"link-remap": "link-remap", "skip-in-flight": "tcp-skip-in-flight"}
 
@@ -31,6 +34,14 @@ def options() -> dict[str, str]:
     """
     chosen = {"ghost-limit": _GHOST_LIMIT, "file-locks": "", "ext-unix-sk": "", "link-remap": "", "evasive-devices": ""}
     return chosen | {"tcp-close": "", "network-lock": "skip", "skip-in-flight": ""}
+
+
+def asked_options(annotations: Mapping[str, str]) -> dict[str, str]:
+    """What the container itself asks for by `smr.criu.OPTION`, as far as it counts at a dump; TCP and cgroups are SMR's."""
+    asked = {key.removeprefix(CRIU_PREFIX): value for key, value in annotations.items() if key.startswith(CRIU_PREFIX)}
+    for name, value in asked.items():
+        check_option(name, value, f"{CRIU_PREFIX}{name}")
+    return {name: value for name, value in asked.items() if OPTIONS[name].dump and name not in _OURS}
 
 
 def session_options(pid: int) -> dict[str, str]:

@@ -31,7 +31,7 @@ def test_options_follow_from_the_tree(restoring_runc: Runc, outside: Outside) ->
     A container without any of them is restored without those options.
     """
     runc = restoring_runc
-    runc.create("source", runc.bundle("source", *COMMAND, edit=outside.edit))
+    runc.create("source", runc.bundle("source", *COMMAND, annotations={"smr.criu.ghost-limit": "2G"}, edit=outside.edit))
     runc("start", "source")
     runc.ready("source")
     runc.checkpoint("source", "plain:1")
@@ -41,6 +41,7 @@ def test_options_follow_from_the_tree(restoring_runc: Runc, outside: Outside) ->
     described = json.loads(runc.node.smr("images", "inspect", "options:1", "--json").stdout)["config"]
     assert set(described["criu_options"]) == {"file-locks", "ext-unix-sk"}
     assert "1 unix socket outside of the container, such as /data/log" in described["criu_why"]["ext-unix-sk"]
+    assert described["criu_dump"]["ghost-limit"] == "2G"
     assert "1 open file that was deleted" in described["criu_why"]["ghost-limit"]
     assert "other" in described["criu_why"]["link-remap"] or "linked" in described["criu_why"]["link-remap"]
     assert "1 lock of files" in runc.node.smr("images", "inspect", "options:1").stdout

@@ -250,6 +250,13 @@ def test_any_annotations_parse_or_give_a_clear_error(others: dict[str, str], suf
             assert check_reference(found.restore) == annotations["smr.restore"]
 
 
+def test_options_of_a_dump_without_a_restore() -> None:
+    """A container may ask for what counts at its own checkpoint; what counts at a restore only needs one."""
+    assert parse({"smr.criu.ghost-limit": "4G", "smr.quiesce": "vllm"}) is None
+    assert failure({"smr.criu.weak-sysctls": ""}).code is Code.ANNOTATION_INVALID
+    assert failure({"smr.criu.ghost-limit": "much"}).code is Code.ANNOTATION_INVALID
+
+
 @given(st.sampled_from(sorted(CRIU_OPTIONS)), st.text(max_size=80))
 def test_accepted_criu_values_are_one_word(option: str, value: str) -> None:
     """Whatever is accepted fits a line of CRIU's configuration file as one word."""

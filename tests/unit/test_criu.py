@@ -205,6 +205,22 @@ def test_options_that_a_runtime_has_flags_for(monkeypatch: pytest.MonkeyPatch, s
     assert found.keys() >= criu.RUNTIME_FLAGS
 
 
+def test_options_that_a_container_asks_for_at_its_dump() -> None:
+    """Those that count at a dump, in place of ours; TCP and cgroups are not theirs to say. A wrong one is told."""
+    asked = {
+        "smr.criu.ghost-limit": "4G",
+        "smr.criu.cpu-cap": "none",
+        "smr.criu.tcp-established": "",
+        "smr.criu.weak-sysctls": "",
+    }
+    found = dump.asked_options({**asked, "smr.criu.manage-cgroups": "soft", "smr.quiesce": "vllm", "app": "x"})
+    assert found == {"ghost-limit": "4G", "cpu-cap": "none"}
+    assert (dump.options() | found)["ghost-limit"] == "4G"
+    with pytest.raises(SmrError) as caught:
+        dump.asked_options({"smr.criu.ghost-limit": "much"})
+    assert caught.value.code is Code.ANNOTATION_INVALID
+
+
 def test_first_process_that_leads_no_session(monkeypatch: pytest.MonkeyPatch) -> None:
     """CRIU must be told of it; of one that leads its session it must not."""
     monkeypatch.setattr(dump.os, "getsid", lambda pid: 7)
