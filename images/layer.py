@@ -35,7 +35,7 @@ from smr.images.tarsafe import (
     unsafe,
 )
 from smr.images.treediff import TreeDiffer
-from smr.images.undo import Journal, undo_from
+from smr.images.undo import Journal, Layers, undo_from
 
 __all__ = ["Applied", "DiffStats", "apply_layer", "diff_overlay", "diff_tree", "pack_tree", "undo_from", "unpack_tree"]
 
@@ -111,18 +111,20 @@ def apply_layer(
     limits: Limits | None = None,
     owners: Owners | None = None,
     devices: Devices = no_devices,
+    layers: Layers | None = None,
 ) -> Applied:
     """Apply an OCI layer to the mounted container root `root`. `undo_dir` must not hold an earlier journal.
 
     `owners` make of the layer's user and group ids those of this root, where the container has another user namespace.
-    `devices` says which device nodes the container may have; any other is ARCHIVE_UNSAFE. When it fails, the root is as it was.
-    Raises ARCHIVE_UNSAFE, ARCHIVE_INVALID, ROOTFS_FAILED, DISK_FULL.
+    `devices` says which device nodes the container may have; any other is ARCHIVE_UNSAFE. `layers` are those of the overlay that
+    is mounted at `root`: what comes from the lower ones need not be saved. When it fails, the root is as it was. Raises
+    ARCHIVE_UNSAFE, ARCHIVE_INVALID, ROOTFS_FAILED, DISK_FULL.
     """
     with ExitStack() as held:
         reader = held.enter_context(_reading(tar, limits, owners))
         held.enter_context(disk_errors(f"applying {tar.name} to {root}"))
         tree = held.enter_context(Tree(root))
-        applier = _Applier(tree, held.enter_context(Journal(undo_dir, tree)), reader, devices)
+        applier = _Applier(tree, held.enter_context(Journal(undo_dir, tree, layers)), reader, devices)
         try:
             applier.run()
         except BaseException:

@@ -16,12 +16,12 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
 
-from smr.images.tarsafe import Parts, read_xattrs, safe_parts
+from smr.images.tarsafe import Parts, read_xattrs, read_xattrs_of, safe_parts
 from smr.proto.errors import Code, SmrError
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -105,6 +105,10 @@ class Walker:
                     seen.add(name)
                     yield from self._child(place, depth, name)
 
+    def merged_child(self, place: _Place, depth: int, name: str) -> Iterator[Found]:
+        """For `walk_below`."""
+        return self._child(place, depth, name)
+
     def _child(self, place: _Place, depth: int, name: str) -> Iterator[Found]:
         path = (*place.path, name)
         if path in self._exclude:
@@ -159,18 +163,37 @@ class Walker:
         return layers
 
     def _content(self, place: _Place, depth: int, name: str, attributes: Mapping[str, bytes]) -> Path | None:
-        if depth or not self._overlay or _attribute(attributes, "metacopy") is None or place.lower is None:
+        if not self._overlay or _attribute(attributes, "metacopy") is None or place.lower is None:
             return None
         path = _redirected(place.lower, name, _attribute(attributes, "redirect"))
         for lower in self._lowers:
             candidate = lower.joinpath(*path)
-            if not candidate.is_symlink() and candidate.is_file() and candidate.parent.resolve() == candidate.parent:
+            if candidate.is_symlink() or not candidate.is_file() or candidate.parent.resolve() != candidate.parent:
+                continue
+            found = read_xattrs_of(candidate)
+            if _attribute(found, "metacopy") is None:
                 return candidate
+            path = _redirected(path[:-1], path[-1], _attribute(found, "redirect"))  # a copy of a copy
         raise SmrError(
             f"/{'/'.join((*place.path, name))} is a metadata-only copy whose content is in none of the lower layers",
             hint="the overlay's lower directories must be given",
             code=Code.ROOTFS_FAILED,
         )
+
+
+def walk_below(lowers: Sequence[Path], path: Parts) -> Iterator[Found]:
+    """What the lower layers, the highest first, have at `path` and below it, merged as a mount without an upper shows them."""
+    with ExitStack() as held:
+        layers = [held.enter_context(_opened(None, str(lower.resolve()))) for lower in lowers]
+        for part in path[:-1]:
+            layers = _descend(held, layers, part)
+        place = _Place(path[:-1], tuple(layers), path[:-1], merged=True)
+        for depth, layer in enumerate(layers):
+            with suppress(FileNotFoundError):
+                os.stat(path[-1], dir_fd=layer, follow_symlinks=False)
+                found = Walker(layer, lowers).merged_child(place, depth, path[-1])
+                yield from (item for item in found if item.mark is Mark.OBJECT)
+                return
 
 
 class _opened:  # noqa: N801  # used as a function

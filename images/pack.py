@@ -130,7 +130,7 @@ class Packer:
 
     def _file(self, found: Found, entry: Entry) -> None:
         try:
-            content = _open(found)
+            content = open_content(found)
         except FileNotFoundError:  # removed by a running container
             return
         try:
@@ -163,7 +163,8 @@ def entry_of(found: Found) -> Entry:
     )
 
 
-def _open(found: Found) -> int:
+def open_content(found: Found) -> int:
+    """Open a file that a walk found, where its bytes are. FileNotFoundError when it is no file any more."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     if found.content is not None:
         return os.open(found.content, flags)

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 from smr.images.tar import Entry, Kind
 from smr.images.tar_reader import TarReader
@@ -129,7 +130,14 @@ class Tree:
             os.close(self._open.pop()[1])
 
 
-def create(tree: Tree, parts: Parts, entry: Entry, reader: TarReader, *, devices: bool = False) -> None:
+class Bytes(Protocol):
+    """Where a file's content comes from."""
+
+    def copy(self, entry: Entry, fd: int, /) -> None:
+        """Write the content of `entry` to `fd`, holes as holes."""
+
+
+def create(tree: Tree, parts: Parts, entry: Entry, reader: Bytes, *, devices: bool = False) -> None:
     """Make the object of `entry` at `parts`, where nothing may be and whose parent must exist, with all its metadata.
 
     A directory's time is set as well, and changes with what is put in later. A hard link's target is looked up inside the tree.
@@ -165,7 +173,11 @@ def set_directory(fd: int, entry: Entry) -> None:
 
 def read_xattrs(parent: int, name: str) -> dict[str, bytes]:
     """The extended attributes of an object, whatever its type, without following it; {} where there can be none."""
-    path = f"/proc/self/fd/{parent}/{name}"
+    return read_xattrs_of(f"/proc/self/fd/{parent}/{name}")
+
+
+def read_xattrs_of(path: str | Path) -> dict[str, bytes]:
+    """The same of what is at `path`, of which only the last component is not followed."""
     try:
         return {key: os.getxattr(path, key, follow_symlinks=False) for key in os.listxattr(path, follow_symlinks=False)}
     except OSError as error:
@@ -179,7 +191,7 @@ def portable_xattrs(xattrs: Mapping[str, bytes]) -> dict[str, bytes]:
     return {key: value for key, value in xattrs.items() if not key.startswith(_FOREIGN_XATTRS)}
 
 
-def _file(parent: int, name: str, entry: Entry, reader: TarReader) -> None:
+def _file(parent: int, name: str, entry: Entry, reader: Bytes) -> None:
     fd = os.open(name, _NEW_FILE, 0o600, dir_fd=parent)
     try:
         reader.copy(entry, fd)

@@ -5,7 +5,9 @@ On disk, in the undo directory (0700):
     saved.tar   what was there before, as tar archives one after the other; a journal line names the offset of its own
 
 A line is {"path": P, "state": S, "offset": N}. S is `absent` (nothing was at P: remove what is), `saved` (the object or tree at
-P is in the archive at N) or `directory` (only owner, mode, attributes and time of the directory P are). Undoing goes through the
+P is in the archive at N), `below` (it is in the lower layers of the overlay, which nobody changes, and so not saved) or
+`directory` (only owner, mode, attributes and time of the directory P are). A first line {"below": [DIRECTORY..]} has the lower
+layers, the highest first. Undoing goes through the
 lines backwards and may itself be interrupted and begun again. The first line of a path counts: below an absent or saved path
 nothing more is written. Neither file is synced: they have to outlive a process, not the machine, whose reboot ends the
 container as well.
@@ -25,9 +27,9 @@ from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
 
-from smr.images.overlay import Found, Mark, Walker
-from smr.images.pack import Content, Packer, entry_of
-from smr.images.tar import Entry, Kind, TarWriter
+from smr.images.overlay import Found, Mark, Walker, walk_below
+from smr.images.pack import Content, Packer, entry_of, open_content
+from smr.images.tar import Entry, Kind, TarWriter, data_segments
 from smr.images.tar_reader import FileStream, TarReader
 from smr.images.tarsafe import Parts, Tree, create, disk_errors, read_xattrs, safe_parts, set_directory, set_times
 from smr.proto.errors import Code, SmrError
@@ -40,7 +42,33 @@ class State(StrEnum):
 
     ABSENT = "absent"
     SAVED = "saved"
+    BELOW = "below"
     DIRECTORY = "directory"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layers:
+    """The directories of the overlay that a root is: what is not in `upper` is in `lowers` (the highest first)."""
+
+    upper: Path
+    lowers: tuple[Path, ...]
+
+    def only_below(self, path: Parts) -> bool:
+        """Whether all that is visible at `path` comes from the lower layers, at the same path."""
+        place = self.upper
+        for part in path:
+            place = place / part
+            try:
+                status = place.lstat()
+            except (FileNotFoundError, NotADirectoryError):
+                return True
+            if not stat.S_ISDIR(status.st_mode) or _redirects(place):
+                return False
+        return False
+
+
+def _redirects(directory: Path) -> bool:
+    return any(key.endswith(".overlay.redirect") for key in os.listxattr(directory, follow_symlinks=False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +81,10 @@ class _Line:
 class Journal:
     """The open journal of one application. Each `about_to_...` returns when the old state is safe."""
 
-    def __init__(self, undo_dir: Path, tree: Tree) -> None:
+    def __init__(self, undo_dir: Path, tree: Tree, layers: Layers | None = None) -> None:
         undo_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._tree = tree
+        self._layers = layers
         self._covered: set[Parts] = set()
         self._touched: set[Parts] = set()
         try:
@@ -70,6 +99,8 @@ class Journal:
             os.close(self._journal)
             raise
         self._writer = TarWriter(self._saved)
+        if layers is not None:
+            self._write({"below": [str(lower) for lower in layers.lowers]})
 
     def __enter__(self) -> Journal:
         return self
@@ -98,10 +129,13 @@ class Journal:
         if self._is_covered(path):
             return
         self.about_to_touch(path[:-1])
-        offset = self._writer.written_bytes
-        if found is not None:
+        offset, state = self._writer.written_bytes, State.ABSENT
+        if found is not None and self._layers is not None and self._layers.only_below(path):
+            state = State.BELOW
+        elif found is not None:
             self._save(path, found)
-        self._append(_Line(path, State.ABSENT if found is None else State.SAVED, offset))
+            state = State.SAVED
+        self._append(_Line(path, state, offset))
         self._covered.add(path)
 
     def about_to_touch(self, path: Parts) -> None:
@@ -131,7 +165,10 @@ class Journal:
         self._writer.close()
 
     def _append(self, line: _Line) -> None:
-        text = json.dumps({"path": "/".join(line.path), "state": line.state.value, "offset": line.offset}).encode() + b"\n"
+        self._write({"path": "/".join(line.path), "state": line.state.value, "offset": line.offset})
+
+    def _write(self, document: dict[str, object]) -> None:
+        text = json.dumps(document).encode() + b"\n"
         if os.write(self._journal, text) != len(text):
             raise SmrError("the undo journal could not be written: no space", code=Code.DISK_FULL)
 
@@ -141,25 +178,28 @@ def undo_from(undo_dir: Path, root: Path) -> None:
 
     Without a journal there is nothing to undo. Raises ROOTFS_FAILED or DISK_FULL, and may then be called again.
     """
-    lines = _lines(undo_dir)
+    lowers, lines = _lines(undo_dir)
     if lines:
         with disk_errors(f"undoing the changes to {root}"), Tree(root) as tree:
             saved = os.open(undo_dir / "saved.tar", os.O_RDONLY | os.O_CLOEXEC)
             try:
                 for line in reversed(lines):
-                    _undo(tree, line, saved)
+                    _undo(tree, line, saved, lowers)
             finally:
                 os.close(saved)
     Journal.discard(undo_dir)
 
 
-def _lines(undo_dir: Path) -> list[_Line]:
+def _lines(undo_dir: Path) -> tuple[list[Path], list[_Line]]:
+    """The lower layers, and the lines."""
     try:
         *complete, _torn = (undo_dir / "journal").read_bytes().split(b"\n")
     except FileNotFoundError:
-        return []
+        return [], []
     try:
-        return [_line(json.loads(text)) for text in complete]
+        documents = [json.loads(text) for text in complete]
+        lowers = [Path(lower) for lower in documents.pop(0)["below"]] if documents and "below" in documents[0] else []
+        return lowers, [_line(document) for document in documents]
     except (ValueError, KeyError, TypeError) as error:
         raise SmrError(f"{undo_dir}/journal cannot be read: {error}", code=Code.ROOTFS_FAILED) from error
 
@@ -168,13 +208,15 @@ def _line(document: dict[str, object]) -> _Line:
     return _Line(safe_parts(str(document["path"])), State(str(document["state"])), int(str(document["offset"])))
 
 
-def _undo(tree: Tree, line: _Line, saved: int) -> None:
+def _undo(tree: Tree, line: _Line, saved: int, lowers: list[Path]) -> None:
     entries = TarReader(FileStream(saved, line.offset), what="saved.tar")
     if line.state is State.DIRECTORY:
         for entry in entries:
             set_directory(tree.directory(line.path), entry)
         return
     tree.remove(line.path)
+    if line.state is State.BELOW:
+        set_times(tree, dict(_copied(tree, walk_below(lowers, line.path))))
     if line.state is State.SAVED:
         directories = dict(_restored(tree, entries))
         set_times(tree, directories)
@@ -186,3 +228,38 @@ def _restored(tree: Tree, entries: TarReader) -> Iterator[tuple[Parts, Entry]]:
         create(tree, parts, entry, entries, devices=True)
         if entry.kind is Kind.DIRECTORY:
             yield parts, entry
+
+
+def _copied(tree: Tree, found: Iterator[Found]) -> Iterator[tuple[Parts, Entry]]:
+    """Make what a walk finds, and hard links within it; yields its directories."""
+    names: dict[tuple[int, int], str] = {}
+    for item in found:
+        entry, status = entry_of(item), item.stat
+        if entry.kind is Kind.DIRECTORY:
+            yield item.path, entry
+        elif status.st_nlink > 1:
+            first = names.setdefault((status.st_dev, status.st_ino), entry.name)
+            if first != entry.name:
+                entry = Entry(name=entry.name, kind=Kind.HARDLINK, link=first)
+        create(tree, item.path, entry, _Original(item), devices=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Original:
+    """The content of a found file, as `create` asks for it."""
+
+    found: Found
+
+    def copy(self, entry: Entry, fd: int) -> None:
+        """Write it to `fd`, holes as holes."""
+        source = open_content(self.found)
+        try:
+            segments = data_segments(source, entry.size)
+            for start, length in ((0, entry.size),) if segments is None else segments:
+                os.lseek(fd, start, os.SEEK_SET)
+                done = 0
+                while done < length and (count := os.sendfile(fd, source, start + done, min(length - done, 1 << 30))):
+                    done += count
+            os.ftruncate(fd, entry.size)
+        finally:
+            os.close(source)

@@ -231,6 +231,7 @@ def apply_rootfs(state: ContainerState, image: Image, spec: Spec) -> None:
     """Apply the checkpoint's writable layer; the journal's place is recorded before the first change."""
     from smr.images.layer import apply_layer
     from smr.shim.device_rules import usable
+    from smr.shim.rootfs import layers_of
 
     layers = image.layers_of(LayerType.ROOTFS)
     if not layers:
@@ -238,9 +239,9 @@ def apply_rootfs(state: ContainerState, image: Image, spec: Spec) -> None:
     state.undo_dir.mkdir(mode=0o700)
     state.record.undo_rootfs = True
     state.save()
+    root, owners = Path(state.record.rootfs), userns.shifts(parse_spec(image.config.spec), spec)
     for layer in layers:
-        owners = userns.shifts(parse_spec(image.config.spec), spec)
-        apply_layer(layer.path, Path(state.record.rootfs), state.undo_dir, owners=owners, devices=usable(spec))
+        apply_layer(layer.path, root, state.undo_dir, owners=owners, devices=usable(spec), layers=layers_of(root))
 
 
 @contextlib.contextmanager

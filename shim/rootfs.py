@@ -24,6 +24,7 @@ from smr.shim.mountinfo import MountEntry, entries, unescape
 
 if TYPE_CHECKING:
     from smr.images.pack import DiffStats
+    from smr.images.undo import Layers
     from smr.proto.oci import Spec
     from smr.shim.config import Config
     from smr.shim.engines.target import Target
@@ -109,6 +110,14 @@ def find(target: Target, config: Config) -> Root:
     from smr.shim.rootbase import base_of, created_ns
 
     return Root(path=target.rootfs, base=base_of(target), since_ns=created_ns(target, config) - _SLACK_NS)
+
+
+def layers_of(root: Path) -> Layers | None:
+    """The layers of a root that is the kernel's overlay, for a journal."""
+    from smr.images.undo import Layers
+
+    overlay = overlay_of(root)
+    return Layers(upper=overlay.upper, lowers=overlay.lowers) if overlay is not None and not overlay.fuse else None
 
 
 def overlay_of(rootfs: Path, mountinfo: str | None = None) -> OverlayMount | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from smr.images.layer import apply_layer, diff_overlay, pack_tree, undo_from, unpack_tree
+from smr.images.undo import Layers
 
 pytestmark = pytest.mark.engine
 
@@ -201,34 +202,37 @@ def count(module, name):
 for name in ("open", "mkdir", "unlink", "symlink", "link", "mkfifo", "utime", "write", "sendfile", "fchown", "setxattr", "rmdir"):
     count(os, name)
 if sys.argv[5] == "apply":
-    layer.apply_layer(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
+    layers = undo.Layers(upper=Path(sys.argv[6]), lowers=tuple(map(Path, sys.argv[7:]))) if sys.argv[6:] else None
+    layer.apply_layer(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), layers=layers)
 else:
     layer.undo_from(Path(sys.argv[3]), Path(sys.argv[2]))
 """
 
 
-def killed(verb: str, step: int, layer: Path, root: Path, undo: Path) -> bool:
+def killed(verb: str, step: int, layer: Path, root: Path, undo: Path, *layers: Path) -> bool:
     """Run `verb` in a process that is killed before its system call number `step`; whether it was killed."""
-    command = [sys.executable, "-c", KILLED, str(layer), str(root), str(undo), str(step), verb]
+    command = [sys.executable, "-c", KILLED, str(layer), str(root), str(undo), str(step), verb, *map(str, layers)]
     code = subprocess.run(command, check=False).returncode
     assert code in (0, -signal.SIGKILL)
     return code != 0
 
 
 @pytest.mark.slow
-def test_kill_at_any_instant_can_be_undone(make: Make, disk: Path) -> None:
+@pytest.mark.parametrize("saves", ["everything", "the upper directory"])
+def test_kill_at_any_instant_can_be_undone(make: Make, disk: Path, saves: str) -> None:
     """kill -9 before any system call of an application, and of its undo: undoing then gives the root of before."""
     first, second = make("first"), make("second")
     change(first.merged)
     diff_overlay(first.upper, first.lowers, disk / "layer.tar", exclude=())
     before = view(second.merged)
-    step, runs = 1, 0
-    while killed("apply", step, disk / "layer.tar", second.merged, disk / "undo"):
+    layers = () if saves == "everything" else (second.upper, *second.lowers)
+    step, runs = 1 if layers else 4, 0
+    while killed("apply", step, disk / "layer.tar", second.merged, disk / "undo", *layers):
         if (disk / "undo").exists():
             killed("undo", 3 + step % 40, disk / "layer.tar", second.merged, disk / "undo")
         undo_from(disk / "undo", second.merged)
         assert view(second.merged) == before, f"killed before call {step}"
-        step, runs = step + 7, runs + 1
+        step, runs = step + 17, runs + 1
     assert runs > 10
     undo_from(disk / "undo", second.merged)
     assert view(second.merged) == before
@@ -312,3 +316,45 @@ def test_tmpfs_contents_come_back(disk: Path) -> None:
     pack_tree(shm, disk / "shm.tar")
     unpack_tree(disk / "shm.tar", back)
     assert view(back) == view(shm)
+
+
+def layers_of(overlay: Overlay) -> Layers:
+    """What a journal may rely on."""
+    return Layers(upper=overlay.upper, lowers=tuple(overlay.lowers))
+
+
+def test_what_lower_layers_have_is_not_saved(make: Make, disk: Path) -> None:
+    """An undo takes it from there: the journal stays small however much a layer removes, and the root is what it was."""
+    (disk / "bottom/opt/app/lib/large").write_bytes(os.urandom(4 << 20))
+    os.link(disk / "bottom/opt/app/lib/large", disk / "bottom/opt/app/linked")
+    with (disk / "bottom/opt/app/holes").open("wb") as sparse:
+        sparse.truncate(64 << 20)
+    first, second = make("first"), make("second")
+    (second.merged / "var/cache/own").write_bytes(os.urandom(1 << 20))  # below a directory that the layer replaces
+    before = view(second.merged)
+    change(first.merged)
+    diff_overlay(first.upper, first.lowers, disk / "layer.tar", exclude=())
+    apply_layer(disk / "layer.tar", second.merged, disk / "undo", layers=layers_of(second))
+    assert sum(file.stat().st_size for file in (disk / "undo").iterdir()) < 3 << 20
+    undo_from(disk / "undo", second.merged)
+    assert view(second.merged) == before
+    assert (second.merged / "opt/app/holes").stat().st_blocks == 0
+
+
+def test_a_copy_of_a_copy(make: Make, disk: Path) -> None:
+    """A metadata-only copy in a lower layer, as engines make for user namespaces, is no content: that is further below."""
+    middle = make("middle", ",redirect_dir=on,metacopy=on")
+    os.chown(middle.merged / "opt/app/lib/code.py", 5, 5)
+    os.chown(middle.merged / "etc/passwd", 5, 5)
+    middle.close()
+    middle.close = lambda: None  # type: ignore[method-assign]
+    lowers = [middle.upper, disk / "top", disk / "bottom"]
+    first = make("first", ",redirect_dir=on,metacopy=on", lowers=lowers)
+    second = make("second", ",redirect_dir=on,metacopy=on", lowers=lowers)
+    os.chown(first.merged / "opt/app/lib/code.py", 6, 6)
+    before = view(second.merged)
+    diff_overlay(first.upper, first.lowers, disk / "layer.tar", exclude=())
+    apply_layer(disk / "layer.tar", second.merged, disk / "undo", layers=layers_of(second))
+    assert view(second.merged)["opt/app/lib/code.py"] == view(first.merged)["opt/app/lib/code.py"]
+    undo_from(disk / "undo", second.merged)
+    assert view(second.merged) == before
