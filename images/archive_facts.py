@@ -19,9 +19,9 @@ from smr.proto.oci import Spec, as_list, as_object, parse_spec
 
 if TYPE_CHECKING:
     from smr.images.criu_needs import Needs
+    from smr.images.criu_sockets import SocketFacts
 
 _CRIU_HEADER_BYTES = 8
-_ESTABLISHED = 1
 # enum of CoreEntry.mtype in CRIU's core.proto, named as `uname -m` names them
 _ARCHITECTURES = {1: "x86_64", 2: "armv7l", 3: "aarch64", 4: "ppc64le", 5: "s390x", 6: "mips64", 7: "loongarch64", 8: "riscv64"}
 # Go's names, in the annotations of checkpoint images
@@ -59,7 +59,7 @@ def make_config(facts: Facts, checkpoint: Path) -> CheckpointConfig:
         )
     tasks, needed = _tasks(checkpoint), _needs(checkpoint)
     connected = any(checkpoint.glob("tcp-stream-*.img"))
-    bound = _bound_addresses(checkpoint)
+    sockets = _sockets(checkpoint)
     return CheckpointConfig(
         created=facts.created or _rfc3339(inventory.stat().st_mtime),
         host=_host(facts, checkpoint, tasks),
@@ -67,8 +67,11 @@ def make_config(facts: Facts, checkpoint: Path) -> CheckpointConfig:
         spec=facts.spec,
         external_mounts=external_mounts(spec),
         tasks=tasks,
-        addresses=facts.addresses or bound,
-        bound_addresses=bound,
+        addresses=facts.addresses or sockets.addresses,
+        bound_addresses=sockets.addresses,
+        bound_devices=sockets.devices,
+        peers=sockets.peers,
+        ipv6=sockets.ipv6,
         tcp="established" if connected else "close",
         criu_options=(*needed.restore, *(("tcp-established",) if connected else ())),
         criu_why={**needed.dump, **needed.restore},
@@ -160,22 +163,13 @@ def _unreadable(error: SmrError) -> SmrError:
     return SmrError(f"the archive's CRIU images cannot be read: {error.message}", code=Code.ARCHIVE_INVALID)
 
 
-def _bound_addresses(checkpoint: Path) -> tuple[str, ...]:
-    """Addresses other than wildcard and loopback that sockets without a peer are bound to."""
-    from ipaddress import ip_address
+def _sockets(checkpoint: Path) -> SocketFacts:
+    from smr.images import criu_sockets
 
-    from smr.images.criu_files import read_messages
-    from smr.proto.criu import images_pb2
-
-    if not (checkpoint / "files.img").is_file():
-        return ()
     try:
-        sockets = [e.isk for e in read_messages(checkpoint / "files.img", images_pb2.FileEntry) if e.HasField("isk")]
+        return criu_sockets.facts(checkpoint, {})
     except SmrError as error:
         raise _unreadable(error) from error
-    words = [tuple(isk.src_addr) for isk in sockets if isk.state != _ESTABLISHED and len(isk.src_addr) in (1, 4)]
-    found = {ip_address(struct.pack(f"={len(word)}I", *word)) for word in words}
-    return tuple(sorted(str(address) for address in found if not (address.is_unspecified or address.is_loopback)))
 
 
 def _host(facts: Facts, checkpoint: Path, tasks: Sequence[Task]) -> Host:

@@ -91,33 +91,6 @@ def tasks(folder: Path) -> tuple[Task, ...]:
     return tuple(found)
 
 
-def replace_addresses(folder: Path, mapping: dict[str, str]) -> int:
-    """Give sockets of `files.img` that are bound or connected to an old address the new one; returns how many were changed.
-
-    A socket of IPv6 may be bound to an IPv4 address in its IPv6 form (::ffff:10.0.0.1), which moves with it.
-    """
-    import ipaddress
-
-    table = {_words(ipaddress.ip_address(old)): _words(ipaddress.ip_address(new)) for old, new in mapping.items()}
-    for pair in mapping.items():
-        if not any(":" in address for address in pair):
-            before, after = (ipaddress.ip_address(f"::ffff:{address}") for address in pair)
-            table[_words(before)] = _words(after)
-    path = folder / "files.img"
-    magic = read_image_file(path)[:8]
-    entries = list(read_messages(path, images_pb2.FileEntry))
-    changed = 0
-    for entry in entries:
-        for words in (entry.isk.src_addr, entry.isk.dst_addr) if entry.type == _FD_INETSK else ():
-            new = table.get(tuple(words))
-            if new is not None:
-                words[:] = new
-                changed += 1
-    if changed:
-        write_messages(path, magic, entries)
-    return changed
-
-
 def dumped_with_tcp_close(inventory: bytes) -> bool:
     """Whether a dump with this inventory.img can be restored only with --tcp-close."""
     return any(entry.tcp_close for entry in parse_messages(inventory, "inventory.img", images_pb2.InventoryEntry))
@@ -135,12 +108,6 @@ def without_tcp_close(inventory: bytes) -> bytes:
     entry.ClearField("tcp_close")
     payload = entry.SerializeToString()
     return inventory[:4] + struct.pack("<I", len(payload)) + payload
-
-
-def _words(address: object) -> tuple[int, ...]:
-    """An address as CRIU keeps it: 32-bit words as they lie in memory."""
-    packed = address.packed  # type: ignore[attr-defined]  # IPv4Address or IPv6Address
-    return struct.unpack(f"={len(packed) // 4}I", packed)
 
 
 def _payloads(data: bytes, name: str) -> Iterator[bytes]:

@@ -26,6 +26,7 @@ PREFIX = "smr."
 RESTORE = "smr.restore"
 FALLBACK = "smr.fallback"
 TCP = "smr.tcp"
+ADDRESSES = "smr.addresses"
 PAGES = "smr.pages"
 ROOTFS = "smr.rootfs"
 COMMAND = "smr.command"
@@ -49,6 +50,7 @@ KEYS: Mapping[str, str] = {
     RESTORE: "image to restore: NAME[:TAG] or sha256:DIGEST",
     FALLBACK: "cold (start cold when the restore is not possible) or fail",
     TCP: "what becomes of connections to others: close (they end), established (they survive; needs the same IP), auto",
+    ADDRESSES: "which address or interface takes the place of which, where that cannot be told: OLD=NEW[,OLD=NEW...]",
     PAGES: "how pages reach memory: auto, fill (before it runs), lazy (while it runs) or criu (CRIU's own way)",
     ROOTFS: "check (source image must be the checkpoint's) or force",
     COMMAND: "check (command must be the checkpoint's) or force",
@@ -71,6 +73,8 @@ CHECKPOINT_KEYS = frozenset({QUIESCE, RESUME, HOOK_TIMEOUT, CONTAINER}) | CAPTUR
 CRIU_OPTIONS: frozenset[str] = frozenset(OPTIONS)
 
 _REFERENCE = re.compile(r"[a-z0-9]+(?:[._/-]+[a-z0-9]+)*(?::[A-Za-z0-9_][A-Za-z0-9._-]{0,127})?")
+# No address: those have dots or colons and nothing but digits, or are link-local with their interface behind them.
+_INTERFACE = re.compile(r"(?![\d.]*$)[A-Za-z0-9_.@-]{1,15}")
 _GPU = "[A-Za-z0-9-]+"
 _GPU_MAP = re.compile(rf"auto|identity|order|\s*{_GPU}\s*=\s*{_GPU}\s*(,\s*{_GPU}\s*=\s*{_GPU}\s*)*")
 _DIGEST = re.compile(r"(?:[a-z0-9]+(?:[._/-]+[a-z0-9]+)*@)?sha256:[0-9a-f]{6,64}")
@@ -114,6 +118,7 @@ class Check(StrEnum):
 class Annotations:
     """What one container asks of SMR. `mounts` maps a destination in the container to a source on the host.
 
+    `addresses` maps addresses, and names of interfaces, of the checkpoint to the new container's.
     `gpu_map`, `quiesce` and `resume` are as written, for smr.shim.gpu.remap and smr.shim.quiesce. `hook_timeout_s` 0: theirs.
     `pod` is None outside of one; `bare`, `conflict` and `others` as in smr.proto.pod.
     """
@@ -121,6 +126,7 @@ class Annotations:
     restore: str
     fallback: Fallback = Fallback.COLD
     tcp: Tcp = Tcp.CLOSE
+    addresses: Mapping[str, str] = field(default_factory=dict)
     pages: Pages = Pages.AUTO
     rootfs: Check = Check.CHECK
     command: Check = Check.CHECK
@@ -185,6 +191,7 @@ def parse(annotations: Mapping[str, str]) -> Annotations | None:
         restore=check_reference(addressed.restore),
         fallback=_enum(Fallback, ours, FALLBACK, Fallback.COLD),
         tcp=_enum(Tcp, ours, TCP, Tcp.CLOSE),
+        addresses=_addresses(ours.get(ADDRESSES, "")),
         pages=_enum(Pages, ours, PAGES, Pages.AUTO),
         rootfs=_enum(Check, ours, ROOTFS, Check.CHECK),
         command=_enum(Check, ours, COMMAND, Check.CHECK),
@@ -237,6 +244,39 @@ def _enum(kind: type[_E], ours: Mapping[str, str], key: str, default: _E) -> _E:
             code=Code.ANNOTATION_INVALID,
             annotation=key,
         ) from None
+
+
+def _addresses(value: str) -> Mapping[str, str]:
+    """Addresses as `ipaddress` writes them, names of interfaces as they are; what is on both sides must be of one kind."""
+    found: dict[str, str] = {}
+    for pair in value.split(",") if value else ():
+        old, _, new = (word.strip() for word in pair.partition("="))
+        kinds = {_kind_of_place(old), _kind_of_place(new)}
+        if len(kinds) != 1 or "" in kinds or _plain(old) in found:
+            raise SmrError(
+                f"annotation {ADDRESSES}={value!r}: '{pair.strip()}' is not a pair of addresses of one family, or of interfaces",
+                hint=f"use {ADDRESSES}=OLD=NEW[,OLD=NEW...], such as 10.88.0.3=10.88.0.7,eth0=net1; each OLD once",
+                code=Code.ANNOTATION_INVALID,
+                annotation=ADDRESSES,
+            )
+        found[_plain(old)] = _plain(new)
+    return found
+
+
+def _kind_of_place(text: str) -> str:
+    """ "4", "6", "interface", or empty for none of them."""
+    from ipaddress import ip_address
+
+    try:
+        return str(ip_address(text).version)
+    except ValueError:
+        return "interface" if _INTERFACE.fullmatch(text) else ""
+
+
+def _plain(text: str) -> str:
+    from ipaddress import ip_address
+
+    return text if _kind_of_place(text) == "interface" else str(ip_address(text))
 
 
 def _gpu_map(value: str) -> str:

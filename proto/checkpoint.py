@@ -110,6 +110,15 @@ class Stdio:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Interface:
+    """An interface of the container's network namespace, by the kernel's number; addresses with their prefix: "10.88.0.5/16"."""
+
+    name: str
+    index: int = 0
+    addresses: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
     """A GPU that the container had, in the order in which its processes see them. `uuid` as NVML writes it: GPU-xxxxxxxx-..."""
 
@@ -163,7 +172,7 @@ class Connections:
     addresses: tuple[str, ...] = ()
 
 
-_Record = TypeVar("_Record", Host, Source, Task, HeldFile, Stdio, Gpu, CudaTask, Hooks, Connections)
+_Record = TypeVar("_Record", Host, Source, Task, HeldFile, Interface, Stdio, Gpu, CudaTask, Hooks, Connections)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,7 +180,10 @@ class CheckpointConfig:
     """All that is known of a checkpoint before a byte of its layers is read.
 
     `spec` is the OCI spec the container ran with. `external_mounts` are destinations that CRIU expects from outside.
-    `bound_addresses` are addresses other than wildcard and loopback that sockets of the tree were bound to.
+    `bound_addresses` are addresses other than wildcard and loopback that sockets of the tree were bound to (link-local ones with
+    their interface, "fe80::1%eth0"), `bound_devices` the interfaces that sockets were tied to, `peers` those outside of
+    UDP and raw sockets ("10.88.0.1:53"); `ipv6`: some were of IPv6.
+    `interfaces` are those of the network namespace, the host's too; `addresses` are what a container's own one had in all.
     `criu_options` are flags that the restore needs, because of what was in the tree; `criu_dump` are the options of the dump,
     with their values; `criu_why` gives reasons of both. `clocks_s` are the clocks as the container saw them. `held_files` are not
     in the image, and must be what they were. `connections` is None where CRIU has dumped them. Times are RFC 3339 UTC, sizes
@@ -187,6 +199,10 @@ class CheckpointConfig:
     tasks: tuple[Task, ...] = ()
     addresses: tuple[str, ...] = ()
     bound_addresses: tuple[str, ...] = ()
+    bound_devices: tuple[str, ...] = ()
+    peers: tuple[str, ...] = ()
+    ipv6: bool = False
+    interfaces: tuple[Interface, ...] = ()
     tcp: str = "close"
     connections: Connections | None = None
     criu_options: tuple[str, ...] = ()
@@ -230,7 +246,10 @@ def _parse(document: Mapping[str, object]) -> CheckpointConfig:
     known["host"] = _record(Host, document["host"], "host")
     known["source"] = _record(Source, document["source"], "source")
     known["tasks"] = tuple(_record(Task, task, "tasks[]") for task in as_list(document.get("tasks"), "tasks"))
-    for name in ("external_mounts", "addresses", "bound_addresses", "criu_options"):
+    known["interfaces"] = tuple(
+        _record(Interface, item, "interfaces[]") for item in as_list(document.get("interfaces"), "interfaces")
+    )
+    for name in ("external_mounts", "addresses", "bound_addresses", "bound_devices", "peers", "criu_options"):
         known[name] = tuple(str(item) for item in as_list(document.get(name), name))
     for name in ("criu_dump", "criu_why"):
         known[name] = {key: str(value) for key, value in as_object(document.get(name), name).items()}

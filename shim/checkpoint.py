@@ -38,10 +38,10 @@ from smr.images.ingest import Ingest
 from smr.images.livesplit import Taken
 from smr.images.store import Store
 from smr.proto.annotations import Tcp, check_reference
-from smr.proto.checkpoint import MOUNT_ANNOTATION, CheckpointConfig, Hooks, Host, LayerType, Source
+from smr.proto.checkpoint import MOUNT_ANNOTATION, CheckpointConfig, Hooks, Host, Interface, LayerType, Source
 from smr.proto.errors import Code, SmrError
 from smr.proto.oci import parse_spec
-from smr.shim import cgroups, clocks, criu, criu_why, inotify, network, preflight, procs, rootfs, rootless, stdio, tmpfs
+from smr.shim import cgroups, clocks, criu, criu_why, inotify, interfaces, preflight, procs, rootfs, rootless, stdio, tmpfs
 from smr.shim.config import Config
 from smr.shim.criu import Criu
 from smr.shim.dump import asked_options, flags_of, options, session_options
@@ -179,12 +179,12 @@ class _Checkpoint:
             with stages.stage("tcp"):
                 tcp.take()
             # While it holds still: afterwards it may open other sockets than those of the image, or end.
-            addresses = _addresses(self.target)
+            seen = _interfaces(self.target)
             if not self.stop:
                 tcp.release()
                 lost = _release(hold)
             with stages.stage("describe"):
-                facts = self._describe(ingest.path / "criu", addresses, hold, chosen)
+                facts = self._describe(ingest.path / "criu", seen, hold, chosen)
                 facts = replace(facts, external_mounts=(*facts.external_mounts, *hooked))
                 facts = replace(facts, memory_bytes=pages.memory_bytes) if pages is not None else facts
                 facts = replace(facts, connections=tcp.write(ingest.path / "criu"))
@@ -204,10 +204,8 @@ class _Checkpoint:
             image=image, pause_s=hold.pause_s(), stages_s=stages.seconds, warnings=(*warnings, *tcp.warnings, *hold.warnings)
         )
 
-    def _describe(
-        self, folder: Path, addresses: tuple[tuple[str, ...], tuple[str, ...]], hold: Hold, chosen: Mapping[str, str]
-    ) -> CheckpointConfig:
-        facts = _describe(self.target, folder, self.tool, self.tcp, addresses)
+    def _describe(self, folder: Path, seen: tuple[Interface, ...], hold: Hold, chosen: Mapping[str, str]) -> CheckpointConfig:
+        facts = _describe(self.target, folder, self.tool, self.tcp, seen)
         facts = _with_options(facts, folder, chosen)
         halted = {process.ns_pid for process in hold.stopped}
         return replace(
@@ -294,21 +292,19 @@ def _add_layers(target: Target, ingest: Ingest, pages: Taken | None, *, compress
         ingest.add(file, LayerType.ENGINE, title=name)
 
 
-def _addresses(target: Target) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Addresses of the container's own network namespace, and those that its sockets are bound to."""
-    if "network" not in target.spec.namespaces:
-        return (), ()
-    return network.addresses(target.pid), network.bound_addresses(target.pid)
+def _interfaces(target: Target) -> tuple[Interface, ...]:
+    """Interfaces of the container's network namespace, or of the host's where it has none."""
+    return interfaces.of_namespace(Path(f"/proc/{target.pid}/ns/net"))
 
 
-def _describe(
-    target: Target, folder: Path, tool: Criu, tcp: Tcp, addresses: tuple[tuple[str, ...], tuple[str, ...]]
-) -> CheckpointConfig:
+def _describe(target: Target, folder: Path, tool: Criu, tcp: Tcp, seen: tuple[Interface, ...]) -> CheckpointConfig:
+    from smr.images import criu_sockets
     from smr.images.criu_files import tasks
     from smr.images.held_files import held_files
     from smr.images.stdio_files import stdio_of
     from smr.shim.mounts import bound_paths
 
+    sockets = criu_sockets.facts(folder, {one.index: one.name for one in seen})
     return CheckpointConfig(
         created=datetime.now(UTC).isoformat(timespec="milliseconds"),
         host=_host(target, tool),
@@ -325,8 +321,12 @@ def _describe(
         stdio=stdio_of(folder),
         held_files=held_files(folder, bound_paths(target.spec, target.rootfs, but=tmpfs.external(target.spec).keys())),
         tasks=tasks(folder),
-        addresses=addresses[0],
-        bound_addresses=addresses[1],
+        addresses=interfaces.plain(seen) if "network" in target.spec.namespaces else (),
+        interfaces=seen,
+        bound_addresses=sockets.addresses,
+        bound_devices=sockets.devices,
+        peers=sockets.peers,
+        ipv6=sockets.ipv6,
         tcp=Tcp.CLOSE.value if tcp is Tcp.CLOSE else Tcp.ESTABLISHED.value,
         memory_bytes=sum(file.stat().st_size for file in folder.glob("pages-*.img")),
     )

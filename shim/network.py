@@ -12,7 +12,7 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 _CLONE_NEWNET = 0x40000000
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 0x1
-_LISTEN = "0A"
 _T = TypeVar("_T")
 
 
@@ -57,10 +56,11 @@ def in_namespace(namespace: Path, action: Callable[[], _T]) -> _T:
 
 def loopback_up(namespace: Path) -> bool:
     """Set `lo` up when it is down; True when that changed anything. CRIU leaves it down in a namespace it made."""
-    return in_namespace(namespace, _loopback_up)
+    return in_namespace(namespace, set_loopback_up)
 
 
-def _loopback_up() -> bool:
+def set_loopback_up() -> bool:
+    """The same in the namespace of the thread that calls."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as control:
         request = struct.pack("16sh14x", b"lo", 0)
         name, flags = struct.unpack("16sh14x", fcntl.ioctl(control, _SIOCGIFFLAGS, request))
@@ -97,24 +97,6 @@ def parse_if_inet6(text: str) -> list[str]:
     """IPv6 addresses: one a line, in hexadecimal, the interface's name last."""
     raw = [line.split() for line in text.splitlines()]
     return [socket.inet_ntop(socket.AF_INET6, bytes.fromhex(words[0])) for words in raw if words and words[-1] != "lo"]
-
-
-def bound_addresses(pid: int | str) -> tuple[str, ...]:
-    """Addresses other than wildcard and loopback to which sockets of the namespace of `pid` are bound without a peer."""
-    found: set[str] = set()
-    for name in ("tcp", "udp", "tcp6", "udp6", "raw", "raw6"):
-        found.update(parse_bound(_text(pid, name), listening_only=name.startswith("tcp")))
-    return tuple(sorted(found))
-
-
-def parse_bound(text: str, *, listening_only: bool) -> Iterator[str]:
-    """Local addresses of one of /proc/net/{tcp,udp,raw}[6] that only this host has; an IPv4 address in IPv6 form as IPv4."""
-    for line in text.splitlines()[1:]:
-        words = line.split()
-        address = address_of(words[1].partition(":")[0])
-        everywhere = address.is_unspecified or address.is_loopback or address.is_multicast
-        if not everywhere and (words[3] == _LISTEN or not listening_only):
-            yield str(address)
 
 
 def address_of(text: str) -> IPv4Address | IPv6Address:

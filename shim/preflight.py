@@ -75,7 +75,10 @@ def check_terminal(old: Spec, new: Spec) -> None:
 
 
 def check_namespaces(old: Spec, new: Spec) -> None:
-    """The kinds of namespaces must be the same: shared with the host, private, or one that the engine made."""
+    """The kinds of namespaces must be the same: shared with the host, private, or one that the engine made.
+
+    Of a network namespace only whether it is the host's: who made it is no matter (smr.shim.netns).
+    """
     for kind in ("user", "network", "pid", "ipc", "uts", "mount", "cgroup"):
         before, now = _namespace(old, kind), _namespace(new, kind)
         if before != now:
@@ -128,6 +131,8 @@ def _relevant(flags: tuple[str, ...]) -> Iterator[str]:
 def _namespace(spec: Spec, kind: str) -> str:
     if kind not in spec.namespaces:
         return "host"
+    if kind == "network":
+        return "own"
     return "engine's" if spec.namespaces[kind] else "private"
 
 
@@ -135,8 +140,7 @@ def _namespace_hint(kind: str, needed: str) -> str:
     if kind == "network":
         return {
             "host": "use --network host (podman) or --net-host (ctr)",
-            "private": "leave the network to the runtime, as ctr run does without --net-host",
-            "engine's": "use an engine's network: podman's bridge, or CNI",
+            "own": "leave out --network host (podman) or --net-host (ctr), or checkpoint a container of the host's network",
         }[needed]
     if kind == "user":
         return "leave out --userns and --uidmap" if needed == "host" else "add --userns=auto, or --uidmap and --gidmap (podman)"

@@ -3,8 +3,9 @@
     locate      image by name in the store, leased against removal, its configuration verified
     preflight   image against container and host (smr.shim.preflight)
     prefetch    the pages are read ahead by a process of its own while the rest goes on
+    network     the network namespace: made where the spec wants one, `lo` up, its hooks run (smr.shim.netns)
     rootfs      the checkpoint's writable layer onto the mounted root, with a journal; then /dev/shm
-    rewrite     CRIU's small images into a private directory, pages as links, addresses of sockets
+    rewrite     CRIU's small images into a private directory, pages as links, addresses of sockets (smr.shim.addresses)
     create      `runc restore`, leave-stopped
     mounts      what the new spec mounts and the image has not; flags of all mounts
     fill        the pages that are not CRIU's into the stopped tree (smr.shim.pages)
@@ -23,7 +24,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +34,6 @@ from smr.images.image import Image
 from smr.images.store import Store
 from smr.proto.annotations import Annotations, Check
 from smr.proto.checkpoint import CheckpointConfig, LayerType
-from smr.proto.errors import Code, SmrError
 from smr.proto.mount_list import clean
 from smr.proto.oci import Mount, Spec, parse_spec
 from smr.shim import (
@@ -47,6 +47,7 @@ from smr.shim import (
     mountinfo,
     mounts,
     namespaces,
+    netns,
     pages,
     pods,
     preflight,
@@ -56,7 +57,9 @@ from smr.shim import (
     userns,
 )
 from smr.shim.config import Config
+from smr.shim.criu import Criu
 from smr.shim.files import drop_tree, write_atomic
+from smr.shim.netns import Network
 from smr.shim.oci_args import RuntimeCall
 from smr.shim.pages import Delivery
 from smr.shim.resume import write_marker
@@ -82,27 +85,27 @@ def restore(call: RuntimeCall, spec: Spec, annotations: Annotations, config: Con
             tool = criu.find(config)
             _note_resume(state, image, annotations)
             preflight.compare(image.config, spec, annotations)
-            annotations = replace(annotations, tcp=mode.choose(image.config, spec, annotations.tcp))
             image.check()
             delivery = pages.choose(image, annotations.pages)
             externals = external_options(image, spec)
-        connections = stack.enter_context(mode.held(image, spec, annotations.tcp, state))
         prefetch = start_prefetch(config, image, state)
         stack.callback(stop_prefetch, prefetch)
+        with state.stage("network"):
+            net = stack.enter_context(netns.ready(spec, state))
+            annotations = replace(annotations, tcp=mode.choose(image.config, net.there, annotations.tcp))
+            connections = stack.enter_context(mode.held(image, net.there, annotations.tcp, state))
         gpu = stack.enter_context(revival(image.config, spec, annotations, config, state))
         with state.stage("rootfs"):
             apply_rootfs(state, image, spec)
             tmpfs.fill(state, image, spec, annotations)
         with state.stage("rewrite"):
             stack.enter_context(criu_folder(state))
-            labels = rewrite(state, image, spec, annotations, delivery)
+            labels = rewrite(state, image, spec, annotations, delivery, net)
         if gpu is not None:
             with state.stage("gpu_check"):
                 gpu.check()
         with state.stage("create"):
-            run_restore(call, image, annotations, delivery.options | externals | labels, tool, state)
-            note_pid(call, state)
-        state.save()
+            create(call, image, annotations, delivery.options | externals | labels, tool, state, net)
         fit_mounts(state, image, spec, annotations)
         if gpu is not None:
             _judge(state, image, source, annotations)  # what is wrong anyway need not reach a GPU
@@ -132,6 +135,23 @@ def locate(
     state.record.stopped_pids = tuple(task.pid for task in image.config.tasks if task.stopped)
     pods.admit(image.config, annotations, call.bundle, config)
     return image
+
+
+def create(
+    call: RuntimeCall,
+    image: Image,
+    annotations: Annotations,
+    options: Mapping[str, str],
+    tool: Criu,
+    state: ContainerState,
+    net: Network,
+) -> None:
+    """The runtime's restore, into the namespace that is ready; the first process is in the record then."""
+    with net.in_spec():
+        run_restore(call, image, annotations, options, tool, state)
+    note_pid(call, state)
+    net.hand_over(state.record.pid)
+    state.save()
 
 
 def _note_resume(state: ContainerState, image: Image, annotations: Annotations) -> None:
@@ -257,7 +277,9 @@ def criu_folder(state: ContainerState) -> Iterator[None]:
         os.close(fd)
 
 
-def rewrite(state: ContainerState, image: Image, spec: Spec, annotations: Annotations, delivery: Delivery) -> dict[str, str]:
+def rewrite(
+    state: ContainerState, image: Image, spec: Spec, annotations: Annotations, delivery: Delivery, net: Network
+) -> dict[str, str]:
     """CRIU's directory of this restore, edited for the new container; also the spec, where the annotations add mounts.
 
     Returns options of CRIU that follow from it.
@@ -268,13 +290,12 @@ def rewrite(state: ContainerState, image: Image, spec: Spec, annotations: Annota
     mount_points.prepare(image.config, spec, annotations, state.record.rootfs)
     if annotations.mounts:
         _add_mounts(state, spec, annotations)
-    if image.config.bound_addresses:
-        _move_addresses(state, image, spec)
     old = parse_spec(image.config.spec)
     state.record.warnings += rights.restrict(state.criu_dir, old, spec)
     if uts := spec.namespaces.get("uts"):
         # CRIU names the namespace that it joins: a pod's, which others are in.
         criu_uts.set_hostname(state.criu_dir, namespaces.hostname_of(Path(uts)))
+    net.fit_images(image, annotations)
     options = stdio.fit(image.config, spec, state.criu_dir)
     if "user" in spec.namespaces:
         userns.adapt(state.criu_dir, old, spec)
@@ -311,40 +332,6 @@ def _add_mounts(state: ContainerState, spec: Spec, annotations: Annotations) -> 
 def _raw_mounts(spec: Spec) -> list[dict[str, object]]:
     mounts = spec.document.get("mounts")
     return [entry for entry in mounts if isinstance(entry, dict)] if isinstance(mounts, list) else []
-
-
-def _move_addresses(state: ContainerState, image: Image, spec: Spec) -> None:
-    """Sockets bound to an old address get the new one: possible when each family has exactly one address on both sides."""
-    from ipaddress import ip_address
-
-    from smr.images.criu_files import replace_addresses
-    from smr.shim.network import addresses_of_namespace
-
-    path = spec.namespaces.get("network", "")
-    new = addresses_of_namespace(Path(path)) if path else image.config.addresses
-    mapping: dict[str, str] = {}
-    for version in (4, 6):
-        before = [a for a in image.config.addresses if _usable(a, version)]
-        now = [a for a in new if _usable(a, version)]
-        if len(before) == 1 and len(now) == 1:
-            mapping[before[0]] = now[0]
-    mapping = {old: now for old, now in mapping.items() if old != now and ip_address(old)}
-    missing = sorted(set(image.config.bound_addresses) - set(mapping) - set(new))
-    if missing:
-        raise SmrError(
-            f"a socket of the checkpoint is bound to {missing[0]}, which this container does not have (it has {', '.join(new)})",
-            hint="bind to 0.0.0.0 or ::, or give the container one address per family",
-            code=Code.NETWORK_FAILED,
-        )
-    if mapping:
-        replace_addresses(state.criu_dir, mapping)
-
-
-def _usable(address: str, version: int) -> bool:
-    from ipaddress import ip_address
-
-    parsed = ip_address(address)
-    return parsed.version == version and not parsed.is_link_local
 
 
 class _SourceLookup(threading.Thread):

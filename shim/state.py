@@ -2,6 +2,7 @@
 
     RUN/containers/ROOT/ID/     RUN is SMR_RUN (/run/smr, a tmpfs); ROOT is the runtime's --root, "default" when not given
         state.json              the record below, replaced atomically
+        netns                   link to the network namespace that SMR made for it (smr.shim.netns)
         created                 present between create and start: the tree is restored and stopped
         work/                   CRIU's log and configuration
         undo/                   what the root filesystem was before the checkpoint's layer was applied
@@ -105,6 +106,7 @@ class Record:
     undo_merged: tuple[str, ...] = ()
     undo_spec: bool = False
     undo_told: bool = False
+    undo_hooks: bool = False
 
     def stages_s(self) -> dict[str, float]:
         """Length of each stage."""

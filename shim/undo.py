@@ -38,6 +38,7 @@ def undo(state: ContainerState) -> list[str]:
         ("root filesystem", _undo_rootfs),
         ("shared memory", _undo_tmpfs),
         ("spec", _undo_spec),
+        ("hooks", _undo_hooks),
         ("images", _drop_images),
     )
     for name, step in steps:
@@ -76,7 +77,9 @@ def _runtime_delete(state: ContainerState) -> None:
     if any(point.startswith(f"{folder}/") for point in mountinfo.points()):
         raise SmrError(f"{folder} is not deleted: something is still mounted in it")
     root = ["--root", state.record.root] if state.record.root else []
-    run([state.record.runtime, *root, "delete", "--force", state.record.id], timeout_s=30, check=False)
+    done = run([state.record.runtime, *root, "delete", "--force", state.record.id], timeout_s=30, check=False)
+    if done.returncode == 0:
+        state.record.undo_hooks = False  # the runtime has run those of poststop
     _remove_runtime_dir(folder)
 
 
@@ -165,6 +168,19 @@ def _undo_tmpfs(state: ContainerState) -> None:
 def _undo_spec(state: ContainerState) -> None:
     if state.record.undo_spec and state.spec_backup.exists():
         shutil.copyfile(state.spec_backup, Path(state.record.bundle) / "config.json")
+
+
+def _undo_hooks(state: ContainerState) -> None:
+    """The network that hooks have connected. What their counterparts say is theirs: a cold start runs the hooks again."""
+    if not state.record.undo_hooks:
+        return
+    from smr.proto.oci import load_spec
+    from smr.shim.oci_hooks import run_after
+
+    problems = run_after(state, load_spec(Path(state.record.bundle)).document)
+    state.record.undo_hooks = False
+    state.record.warnings += problems
+    state.save()
 
 
 def _drop_images(state: ContainerState) -> None:

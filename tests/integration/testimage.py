@@ -27,6 +27,7 @@ _APPLETS = (
     *("sh", "cat", "ls", "ps", "id", "kill", "sleep", "wget", "stat", "mkdir", "touch", "rm", "echo", "head", "tail", "env"),
     *("true", "false", "hostname", "ip", "mount", "test", "dd", "sync", "nc", "grep"),
 )
+_PROGRAMS = ("workload.py", "netload.py")
 _PRUNE = ("usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/lintian", "usr/lib/python3.11/lib2to3")
 _FILES = {
     "etc/passwd": "root:x:0:0:root:/root:/bin/sh\napp:x:1000:1000:app:/tmp:/bin/sh\n",
@@ -39,7 +40,7 @@ _FILES = {
 
 def archive(engines: Path) -> Path:
     """The OCI archive of the test image, made when it is not there yet. LookupError when the packages are missing."""
-    return make(engines, "image", NAME, ("debs",), {"app/workload.py": Path(__file__).with_name("workload.py")})
+    return make(engines, "image", NAME, ("debs",), {f"app/{one}": Path(__file__).with_name(one) for one in _PROGRAMS})
 
 
 def make(engines: Path, kind: str, name: str, folders: tuple[str, ...], copies: Mapping[str, Path]) -> Path:

@@ -14,6 +14,7 @@ Each FEATURE holds a kernel object across a checkpoint and has a path of its own
     stopped   a child that has stopped itself; /resume lets it go on
     memory    64 MiB of patterned anonymous memory, checked by its digest
     aligned   a thread that waits with its stack pointer at the start of a page
+    net       sockets bound to addresses of the container's own (netload.py)
     file      an open file with an offset, and a file that was deleted while open
 
 SIGTERM ends with --exit (default 7). --log prints "line N" five times a second; --stdin echoes lines. Few imports:
@@ -303,6 +304,12 @@ class File:
         return {"offset": self.file.tell(), "next": os.pread(self.file.fileno(), 2, 4).decode(), "deleted": self.deleted.read()}
 
 
+def net():
+    import netload
+
+    return netload.Net()
+
+
 FEATURES = {
     "workers": Workers,
     "unix": Unix,
@@ -314,6 +321,7 @@ FEATURES = {
     "file": File,
     "threads": Threads,
     "aligned": Aligned,
+    "net": net,
 }
 
 

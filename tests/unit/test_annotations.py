@@ -269,3 +269,21 @@ def test_accepted_criu_values_are_one_word(option: str, value: str) -> None:
         assert found.criu == {option: value}
         assert value.isascii()
         assert value.split() == ([value] if value else [])
+
+
+def test_addresses_are_pairs_of_a_kind() -> None:
+    """Addresses in any spelling, interfaces by name; blanks around them do not matter."""
+    found = parse({"smr.restore": "app", "smr.addresses": "10.0.0.1 = 10.0.0.2, FD00::01=fd00:0::2,eth0=net1"})
+    assert found is not None
+    assert found.addresses == {"10.0.0.1": "10.0.0.2", "fd00::1": "fd00::2", "eth0": "net1"}
+
+
+@pytest.mark.parametrize(
+    "value", ["x", "10.0.0.1=", "=10.0.0.1", "10.0.0.1=fd00::1", "10.0.0.1=eth0", "10.0.0.256=10.0.0.1", "a=b,a=c", "a/b=c", ","]
+)
+def test_addresses_that_are_none(value: str) -> None:
+    """Never a cold start: the pair is in the message."""
+    with pytest.raises(SmrError) as caught:
+        parse({"smr.restore": "app", "smr.addresses": value})
+    assert caught.value.code is Code.ANNOTATION_INVALID
+    assert "smr.addresses=OLD=NEW" in caught.value.hint

@@ -121,10 +121,9 @@ def test_long_command_is_cut_in_the_message() -> None:
 @pytest.mark.parametrize(
     ("before", "now", "message", "hint"),
     [
-        ({"network": ""}, {}, "found host, needed private", "ctr run"),
-        ({"network": "/n"}, {}, "found host, needed engine's", "bridge"),
-        ({}, {"network": ""}, "found private, needed host", "--network host"),
-        ({"network": ""}, {"network": "/n"}, "found engine's, needed private", "ctr run"),
+        ({"network": ""}, {}, "found host, needed own", "leave out --network host"),
+        ({"network": "/n"}, {}, "found host, needed own", "leave out --network host"),
+        ({}, {"network": ""}, "found own, needed host", "--network host"),
         ({"pid": ""}, {}, "found host, needed private", "private pid"),
         ({}, {"user": ""}, "found private, needed host", "leave out --userns"),
         ({"cgroup": ""}, {}, "found host, needed private", "private cgroup"),
@@ -136,6 +135,12 @@ def test_kinds_of_namespaces(before: dict[str, str], now: dict[str, str], messag
     assert error.code is Code.NAMESPACE_MISMATCH
     assert message in error.message
     assert hint in error.hint
+
+
+@pytest.mark.parametrize(("before", "now"), [("", "/n"), ("/n", "")])
+def test_who_made_a_network_namespace_is_no_matter(before: str, now: str) -> None:
+    """A private one becomes the engine's, and the other way about."""
+    compare(spec(namespaces={"network": now}), replace(CONFIG, spec=spec(namespaces={"network": before})))
 
 
 def test_missing_mount() -> None:
