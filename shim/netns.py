@@ -43,7 +43,7 @@ from smr.shim.oci_hooks import Hook
 from smr.shim.state import ContainerState
 
 _CLONE_NEWNS, _CLONE_NEWNET = 0x20000, 0x40000000
-_MS_REC, _MS_SLAVE = 0x4000, 1 << 19
+_MS_REC, _MS_PRIVATE = 0x4000, 1 << 18
 _SYSCTL = "net."
 # Where nerdctl's hook is told to put the container's pid.
 _PID_FILE = "nerdctl/pid-file"
@@ -200,7 +200,7 @@ def _new_namespace() -> int:
 
 @contextlib.contextmanager
 def _holder(namespace: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in the namespace, with a copy of our mounts of which nothing comes back. It ends with us, by kill -9 too."""
+    """A process in the namespace, with a copy of our mounts, apart from then on both ways. It ends with us, by kill -9 too."""
 
     def make(libc: ctypes.CDLL) -> subprocess.Popen[bytes]:
         fd = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
@@ -209,7 +209,7 @@ def _holder(namespace: Path) -> Iterator[subprocess.Popen[bytes]]:
         finally:
             os.close(fd)
         _checked(libc.unshare(_CLONE_NEWNS))
-        _checked(libc.mount(None, b"/", None, ctypes.c_ulong(_MS_REC | _MS_SLAVE), None))
+        _checked(libc.mount(None, b"/", None, ctypes.c_ulong(_MS_REC | _MS_PRIVATE), None))
         null = subprocess.DEVNULL
         # It waits for the end of its input, which comes when the last descriptor of our side is closed.
         return subprocess.Popen(["/bin/sh", "-c", "read -r _"], stdin=subprocess.PIPE, stdout=null, stderr=null, cwd="/")
