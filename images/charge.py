@@ -22,12 +22,15 @@ NAME = "smr"
 _HIERARCHIES = ("memory", "blkio", "name=systemd")
 
 
-def leave_cgroup(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> None:
-    """Move this process, all its threads, out of the cgroups it was started in. Where that is not allowed, it stays."""
+def leave_cgroup(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup"), *, whole: bool = False) -> None:
+    """Move this process, all its threads, out of the cgroups it was started in. Where that is not allowed, it stays.
+
+    `whole`: out of v1's others too, one of which tells a runtime whom to kill when a container ends.
+    """
     with suppress(OSError):
         for line in (proc / "self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
-            wanted = not controllers or any(name in controllers.split(",") for name in _HIERARCHIES)
+            wanted = whole or not controllers or any(name in controllers.split(",") for name in _HIERARCHIES)
             if wanted and path not in {"/", f"/{NAME}"}:
                 with suppress(OSError):
                     _enter(_hierarchy(cgroups, controllers))

@@ -9,6 +9,7 @@
     totals.py       what was counted, and its file
     metrics.py      the same for Prometheus, with what is looked up at each scrape
     health.py       whether store and CRIU can be used
+    node.py         its namespaces, when a pod runs it
     web.py          /metrics and /healthz
     kubernetes.py   events of pods
     client.py       the other end, for `smr agent status`, `list` and `watch`

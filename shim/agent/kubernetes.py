@@ -63,12 +63,12 @@ class Cluster:
         return document if isinstance(document, dict) else {}
 
 
-def find(environ: Mapping[str, str] = os.environ, secrets: Path = SECRETS) -> Cluster | None:
+def find(environ: Mapping[str, str] = os.environ, secrets: Path | None = None) -> Cluster | None:
     """The cluster that this process runs in; None where it runs in none.
 
-    SMR_SERVICEACCOUNT names the folder of the token where it is seen elsewhere, as from a node's own mount namespace.
+    SMR_SERVICEACCOUNT names the folder of token and ca.crt for an agent that a pod runs in the node's mount namespace.
     """
-    secrets = Path(environ.get("SMR_SERVICEACCOUNT", secrets))
+    secrets = secrets or Path(environ.get("SMR_SERVICEACCOUNT") or SECRETS)
     host, port = environ.get("KUBERNETES_SERVICE_HOST", ""), environ.get("KUBERNETES_SERVICE_PORT", "443")
     if not host or not (secrets / "token").exists():
         return None

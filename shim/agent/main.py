@@ -32,6 +32,7 @@ from smr.shim.agent.address import socket_path
 from smr.shim.agent.health import Health
 from smr.shim.agent.journal import Event, Follower
 from smr.shim.agent.metrics import Metrics
+from smr.shim.agent.node import join_node
 from smr.shim.agent.service import Service, remove_socket
 from smr.shim.agent.workers import Workers
 from smr.shim.config import Config
@@ -64,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     try:
         config = settings.load()
+        join_node()
         asyncio.run(serve(config, options_of(sys.argv[1:] if argv is None else argv, config)))
     except SmrError as error:
         print(f"smr agent: {error}", file=sys.stderr)  # noqa: T201

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
         "checkpoint": checkpoint,
     }
     _end_as_interrupted()
-    leave_cgroup()
+    leave_cgroup(whole=True)
     try:
         _say({"result": verbs[argv[0]](json.loads(argv[1]), settings.load())})
     except SmrError as error:

@@ -107,6 +107,40 @@ def test_a_client_that_goes_ends_its_work(agent: Agent, config: Config, image: I
     assert agent.one("Status")["healthy"] is True
 
 
+def test_the_work_of_a_pods_agent_is_not_the_pods(agent: Agent, box: Sandbox, image: Image) -> None:
+    """An agent in a pod's cgroup and cgroup namespace, with the node's files: its work has left the pod's cgroup."""
+    pods = [path / box.token / "pod" for path in cgroup_tops()]
+    for pod in pods:
+        pod.mkdir(parents=True)
+    inside = f"/{box.token}/pod"
+    enter = "".join(f"echo 0 >{pod}/cgroup.procs && " for pod in pods)
+    # A node of its own: its process 1 stays outside of the pod.
+    node = ["unshare", "--pid", "--fork", "--mount", "--mount-proc", "--kill-child=KILL", "sh", "-c"]
+    agent.program = [*node, f'({enter}exec unshare --cgroup "$@") & wait', "sh", *agent.program]
+    try:
+        agent.start()
+        assert any(pod_has_processes(pod) for pod in pods)
+        with held_up(image), agent.calling("Prefetch", image="llama:1"):
+            (worker,) = eventually(agent.workers, what="the work has begun")
+            eventually(lambda: inside not in Path(f"/proc/{worker}/cgroup").read_text(), what="the work has left")
+    finally:
+        agent.end(signal.SIGKILL)
+        for pod in pods:
+            eventually(lambda pod=pod: not pod_has_processes(pod), what="the pod has ended")
+            pod.rmdir()
+
+
+def pod_has_processes(pod: Path) -> bool:
+    """Whether any process is in a cgroup."""
+    return bool((pod / "cgroup.procs").read_text())
+
+
+def cgroup_tops() -> list[Path]:
+    """The hierarchies in which it matters where a process is: v2's; or v1's for memory, and the one that runc kills by."""
+    top = Path("/sys/fs/cgroup")
+    return [top] if (top / "cgroup.controllers").exists() else [top / name for name in ("memory", "devices")]
+
+
 def test_a_call_that_fails_says_all_of_the_error(agent: Agent) -> None:
     """Status, message, and code and hint in the metadata."""
     agent.start()

@@ -455,6 +455,8 @@ def test_the_cluster_is_found_by_the_environment(secrets: Path, tmp_path: Path) 
     assert six is not None
     assert six.url == "https://[fd00::1]:443"
     assert kubernetes.find({}, secrets) is None
+    in_the_node = kubernetes.find({**environ, "SMR_SERVICEACCOUNT": str(secrets)})
+    assert in_the_node == found
     assert kubernetes.find(environ, tmp_path / "none") is None
 
 
