@@ -61,13 +61,17 @@ class Host:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """The container that was checkpointed. Digest is empty where the root was no image (`--rootfs`)."""
+    """The container that was checkpointed. Digest is empty where the root was no image (`--rootfs`).
+
+    `image_layers` is the OCI chain id of the image's layers, where the engine knows it.
+    """
 
     engine: str
     container_id: str
     container_name: str = ""
     image: str = ""
     image_digest: str = ""
+    image_layers: str = ""
     rootfs: str = ""
 
 

@@ -46,6 +46,7 @@ from smr.shim.config import Config
 from smr.shim.criu import Criu
 from smr.shim.dump import asked_options, flags_of, options, session_options
 from smr.shim.engines import locate, runtime_state
+from smr.shim.engines.image_layers import layers_of_bundle
 from smr.shim.engines.target import Target
 from smr.shim.events import emit, emit_failure
 from smr.shim.gpu.device_mounts import dump_externals, hook_destinations
@@ -314,6 +315,7 @@ def _describe(target: Target, folder: Path, tool: Criu, tcp: Tcp, seen: tuple[In
             container_name=target.name,
             image=target.image,
             image_digest=target.image_digest,
+            image_layers=layers_of_bundle(target.bundle, target.id),
             rootfs=str(target.rootfs),
         ),
         spec=target.spec.document,

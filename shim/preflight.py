@@ -89,12 +89,20 @@ def check_namespaces(old: Spec, new: Spec) -> None:
             )
 
 
-def check_source(config: CheckpointConfig, image: str, digest: str) -> None:
-    """The container's own image must be the checkpoint's, where both are known: files of another would be wrong under it."""
-    known = config.source.image_digest
-    if known and digest and known != digest:
+def check_source(config: CheckpointConfig, image: str, digest: str, layers: str = "") -> None:
+    """The container's own image must be the checkpoint's, where both are known: files of another would be wrong under it.
+
+    The layers decide, by their chain id. A digest does only where that is not known of both: it names an image, and what an
+    engine knows a container's image by may be a name that has moved to another.
+    """
+    source = config.source
+    if source.image_layers and layers:
+        known, found, what = source.image_layers, layers, "has the layers"
+    else:
+        known, found, what = source.image_digest, digest, "is"
+    if known and found and known != found:
         raise SmrError(
-            f"container image {image} is {_short(digest)}, the checkpoint was made from {config.source.image} {_short(known)}",
+            f"container image {image} {what} {_short(found)}, the checkpoint was made from {source.image} {_short(known)}",
             hint="checkpoint again from the new image, or set smr.rootfs=force",
             code=Code.SOURCE_MISMATCH,
         )

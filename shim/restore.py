@@ -340,19 +340,28 @@ class _SourceLookup(threading.Thread):
     def __init__(self, call: RuntimeCall) -> None:
         super().__init__(name="smr-source", daemon=True)
         self.found = ("", "")
+        self.layers = ""
         self._call = call
         self.start()
 
     def run(self) -> None:
         """Ask; no answer is no error."""
+        layers = threading.Thread(target=self._look_up_layers, daemon=True)
+        layers.start()
         self.found = engines.source_of_bundle(self._call.bundle, self._call.id)
+        layers.join()
+
+    def _look_up_layers(self) -> None:
+        from smr.shim.engines.image_layers import layers_of_bundle
+
+        self.layers = layers_of_bundle(self._call.bundle, self._call.id)
 
 
 def _judge(state: ContainerState, image: Image, source: _SourceLookup, annotations: Annotations) -> None:
     with state.stage("source"):
         if annotations.rootfs is Check.CHECK:
             source.join()
-            preflight.check_source(image.config, *source.found)
+            preflight.check_source(image.config, *source.found, source.layers)
 
 
 def mounts_below(rootfs: str) -> tuple[str, ...]:

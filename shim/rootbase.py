@@ -102,27 +102,27 @@ def _containerd_parent(target: Target) -> Path | None:
     snapshotter, key = str(found.get("Snapshotter") or ""), str(found.get("SnapshotKey") or "")
     if snapshotter != "native" or not key:
         return None
-    parent = str(as_object(json.loads(_snapshots(target, snapshotter, "info", key)), "ctr snapshots info").get("Parent") or "")
+    said = containerd.snapshots(target.namespace, snapshotter, "info", key)
+    parent = str(as_object(json.loads(said), "ctr snapshots info").get("Parent") or "")
     return _directory_of(target, snapshotter, parent) if parent else None
 
 
 def _directory_of(target: Target, snapshotter: str, snapshot: str) -> Path | None:
     """The directory of a committed snapshot: a view is made, asked for its mounts, and removed."""
     view = f"smr-base-{target.id}"
-    _snapshots(target, snapshotter, "rm", view, check=False)  # of a process that was killed in between
-    _snapshots(target, snapshotter, "view", view, snapshot)
+
+    def ask(*words: str, check: bool = True) -> str:
+        return containerd.snapshots(target.namespace, snapshotter, *words, check=check)
+
+    ask("rm", view, check=False)  # of a process that was killed in between
+    ask("view", view, snapshot)
     try:
-        words = _snapshots(target, snapshotter, "mounts", "/nowhere", view).split()
+        words = ask("mounts", "/nowhere", view).split()
     finally:
-        _snapshots(target, snapshotter, "rm", view, check=False)
+        ask("rm", view, check=False)
     # mount -t bind SOURCE /nowhere -o ro,rbind
     source = Path(words[words.index("/nowhere") - 1])
     return source if words[words.index("-t") + 1] == "bind" and source.is_dir() else None
-
-
-def _snapshots(target: Target, snapshotter: str, *words: str, check: bool = True) -> str:
-    argv = containerd.ctr(target.namespace, "snapshots", "--snapshotter", snapshotter, *words)
-    return run(argv, timeout_s=20, check=check).stdout
 
 
 def _runtime_created(target: Target) -> Iterator[str]:

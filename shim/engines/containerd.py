@@ -117,13 +117,22 @@ def info(namespace: str, container_id: str, *, socket: str = "") -> Json:
     return as_object(json.loads(run(argv, timeout_s=20, code=Code.ENGINE_FAILED).stdout), "ctr containers info")
 
 
+def socket_of(bundle: Path) -> str:
+    """containerd's socket: within the shim CONTAINERD_ADDRESS is not set, but the state directory shows where it is."""
+    return os.environ.get("CONTAINERD_ADDRESS") or str(bundle.parent.parent.parent / "containerd.sock")
+
+
+def snapshots(namespace: str, snapshotter: str, *words: str, socket: str = "", check: bool = True) -> str:
+    """What `ctr snapshots` says. ENGINE_FAILED when it fails and `check`."""
+    argv = ctr(namespace, "snapshots", "--snapshotter", snapshotter, *words, socket=socket)
+    return run(argv, timeout_s=20, check=check, code=Code.ENGINE_FAILED).stdout
+
+
 def source_of_bundle(bundle: Path, container_id: str) -> tuple[str, str] | None:
     """Name and manifest digest of a container's image; None when the bundle is not containerd's or the root is no image."""
     if not is_bundle(bundle):
         return None
-    namespace = bundle.parent.name
-    # Within the shim CONTAINERD_ADDRESS is not set, but the state directory shows where the socket is.
-    socket = os.environ.get("CONTAINERD_ADDRESS") or str(bundle.parent.parent.parent / "containerd.sock")
+    namespace, socket = bundle.parent.name, socket_of(bundle)
     try:
         image = str(info(namespace, container_id, socket=socket).get("Image") or "")
     except SmrError:

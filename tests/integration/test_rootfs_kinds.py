@@ -17,8 +17,8 @@ from smr.images.tar_reader import FileStream, TarReader
 from smr.proto.checkpoint import LayerType
 from tests.integration import testimage
 from tests.integration.command import run
-from tests.integration.conftest import Machine, _started
-from tests.integration.containerd import Containerd
+from tests.integration.conftest import Machine, _started, make_warm
+from tests.integration.containerd import RUNTIME, Containerd
 from tests.integration.node import Node
 from tests.integration.podman import Podman
 from tests.integration.root_changes import CHANGE, LOOK
@@ -213,3 +213,42 @@ def copy(runc: Runc, name: str, *workload: str, annotations: Mapping[str, str] |
         run(["cp", "-a", runc.lower, folder / "rootfs"])
 
     runc.start(name, *workload, annotations=annotations, edit=plain)
+
+
+def test_a_name_that_has_moved(containerd_2: Containerd, machine: Machine, tmp_path: Path) -> None:
+    """The image is known by the layers under the container's root, not by a tag that others may move."""
+    engine, other, kept = containerd_2, "localhost/smr-other:1", "localhost/smr-kept:1"
+    warm = make_warm(engine, "moved:1", "workers")
+    assert Store(engine.node.store).resolve("moved:1").config.source.image_layers.startswith("sha256:")
+    engine("images", "import", with_one_file_more(machine.engines, tmp_path, other))
+    words = ("--runtime", RUNTIME, "--annotation", "smr.restore=moved:1", "--annotation", "smr.fallback=fail")
+    command = ("python3", "/app/workload.py", "workers")
+    start = ("tasks", "start", "-d", "--log-uri", f"file://{engine.path}/logs/again.log", "again")
+    engine("images", "tag", testimage.NAME, kept)
+    try:
+        # Of the checkpoint's image, by a name that is another's when the restore asks.
+        engine("containers", "create", *words, testimage.NAME, "again", *command)
+        engine("images", "tag", "--force", other, testimage.NAME)
+        engine(*start)
+        assert engine.ask("again", "count") == {"count": warm.count + 1, "boot": warm.boot}
+        engine.remove("again")
+        # Of another image, by a name that is the checkpoint's by then.
+        engine("containers", "create", *words, testimage.NAME, "again", *command)
+        engine("images", "tag", "--force", kept, testimage.NAME)
+        failed = engine(*start, check=False)
+        assert failed.returncode != 0
+        assert "has the layers" in failed.stderr
+    finally:
+        engine.remove("again")
+        engine("images", "tag", "--force", kept, testimage.NAME)
+        engine("images", "rm", other, kept)
+
+
+def with_one_file_more(engines: Path, folder: Path, name: str) -> Path:
+    """An archive of an image that has the test image's files and another."""
+    (folder / "tree").mkdir()
+    tree = testimage.rootfs(engines, folder / "tree")
+    (tree / "data/other").touch()
+    diff_id = testimage._pack(tree, folder / "layer.tar.gz")
+    testimage._write_oci(folder / "image.tar", folder / "layer.tar.gz", diff_id, name)
+    return folder / "image.tar"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from collections.abc import Callable
 from dataclasses import replace
@@ -281,6 +282,24 @@ def test_an_open_file_behind_a_link(held: tuple[dict[str, object], CheckpointCon
 def test_source_that_is_the_same_or_unknown(known: str, found: str) -> None:
     """Where one side has no digest there is nothing to compare."""
     preflight.check_source(replace(CONFIG, source=replace(CONFIG.source, image_digest=known)), "llama:1", found)
+
+
+@pytest.mark.parametrize(
+    ("digest", "layers", "refused"),
+    [
+        ("sha256:" + "b" * 64, "sha256:" + "c" * 64, False),
+        ("sha256:" + "a" * 64, "sha256:" + "d" * 64, True),
+        ("sha256:" + "a" * 64, "", False),
+        ("sha256:" + "b" * 64, "", True),
+    ],
+)
+def test_layers_decide_where_they_are_known(digest: str, layers: str, refused: bool) -> None:
+    """A name that has moved neither lets another image through nor keeps the same one out."""
+    config = replace(CONFIG, source=replace(CONFIG.source, image_layers="sha256:" + "c" * 64))
+    with pytest.raises(SmrError) if refused else contextlib.nullcontext() as caught:
+        preflight.check_source(config, "llama:1", digest, layers)
+    if caught is not None:
+        assert caught.value.code is Code.SOURCE_MISMATCH
 
 
 def test_other_source_image() -> None:
