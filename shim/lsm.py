@@ -6,7 +6,7 @@ container other categories, and files of one are closed to the label of another.
 had is in `inventory.img`; what this node has is asked of the kernel as CRIU asks it.
 
     image     node      what is done
-    same      same      the label of the new spec, where it has one; else the checkpoint's
+    same      same      the label of the new spec, where it has another one; else the checkpoint's
     none      any       processes without a label stay so: a warning where the new spec has one
     one       another   CRIU refuses such an image, so labels are taken out of it: a warning
 
@@ -99,20 +99,26 @@ def plan(image: Module, node: Module, old: Spec, new: Spec) -> Labels:
         lost = f"{_name(image)} label {had} of the checkpoint is left out: this node has {_name(node)}"
         unconfined = f"; processes do not get {wanted} instead" if wanted else ""
         return Labels(strip=True, warnings=(lost + unconfined,))
-    return _same(node, wanted, had, new)
+    return _same(node, wanted, had, old, new)
 
 
-def _same(module: Module, wanted: str, had: str, new: Spec) -> Labels:
+def _same(module: Module, wanted: str, had: str, old: Spec, new: Spec) -> Labels:
+    context = _mount_label(new)
+    if wanted == had and context == _mount_label(old):
+        return Labels()  # CRIU does it by itself
     if not had or not wanted:
         what = f"label {wanted} was not given: processes of the checkpoint have none" if wanted else f"label {had} stays"
         return Labels(warnings=(f"{_name(module)} {what}",) if had or wanted else ())
-    context = str(as_object(new.document.get("linux"), "linux").get("mountLabel") or "")
     if not _plain_word(wanted + context):
         return Labels(warnings=(f"{_name(module)} label {had} stays: {wanted + context!r} is none that CRIU can be told",))
     profile = "none:" if (module, wanted) == (Module.APPARMOR, _UNCONFINED) else f"{module.value}:{wanted}"
     if module is Module.SELINUX and context:
         return Labels(options={"lsm-profile": profile, "lsm-mount-context": context})
     return Labels(options={"lsm-profile": profile})
+
+
+def _mount_label(spec: Spec) -> str:
+    return str(as_object(spec.document.get("linux"), "linux").get("mountLabel") or "")
 
 
 def _plain_word(label: str) -> bool:

@@ -72,6 +72,8 @@ def test_nothing_to_do() -> None:
     for node in Module:
         assert lsm.plan(Module.NONE, node, spec(), spec()) == lsm.Labels()
         assert lsm.plan(node, node, spec(), spec()) == lsm.Labels()
+        same = spec("docker-default", OLD, FILES)
+        assert lsm.plan(node, node, same, same) == lsm.Labels()
 
 
 @pytest.mark.parametrize(("number", "module"), [(None, Module.NONE), (0, Module.NONE), (1, Module.SELINUX), (2, Module.APPARMOR)])
