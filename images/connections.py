@@ -69,6 +69,18 @@ class Connection:
     stream: Stream | None = None
 
 
+_WINDOW = 5
+_NUMBERS = frozenset(f.name for kind in (Stream, Connection) for f in fields(kind) if f.type == "int")
+
+
+def plain(end: End) -> tuple[str, int]:
+    """An end as packets have it: IPv4 in IPv6 as IPv4, and no scope."""
+    from ipaddress import IPv6Address, ip_address
+
+    parsed = ip_address(end[0])
+    return str(parsed.ipv4_mapped or IPv6Address(parsed.packed)) if isinstance(parsed, IPv6Address) else str(parsed), end[1]
+
+
 def write_connections(folder: Path, connections: Iterable[Connection]) -> None:
     """Write `FILE` into a directory of CRIU images."""
     rows, queues = [], []
@@ -129,16 +141,32 @@ def _parse(data: bytes) -> tuple[Connection, ...]:
             kept["received"], kept["queued"] = data[at : at + received], data[at + received : at + received + queued]
             kept["window"] = tuple(as_list(kept["window"], "window"))
             at += received + queued
-            stream = Stream(**kept)  # type: ignore[arg-type]  # named above; values are checked by the kernel
+            stream = Stream(**_checked(kept))  # type: ignore[arg-type]
         kept = _known(Connection, row)
         kept |= {"local": _end(row["local"]), "remote": _end(row["remote"]), "stream": stream}
-        found.append(Connection(**kept))  # type: ignore[arg-type]
+        found.append(Connection(**_checked(kept)))  # type: ignore[arg-type]
     return tuple(found)
 
 
 def _end(value: object) -> End:
     address, port, scope = as_list(value, "end")
-    return str(address), int(str(port)), int(str(scope))
+    end = str(address), int(str(port)), int(str(scope))
+    if end[0]:  # one that was being connected has no other end yet
+        plain(end)
+    if not 0 <= end[1] < 1 << 16 or not 0 <= end[2] < 1 << 32:
+        raise ValueError(f"{value!r} is no end of a connection")
+    return end
+
+
+def _checked(values: dict[str, object]) -> dict[str, object]:
+    """Every number fits into 32 bits: an image may come from anywhere, and the kernel is who reads them next."""
+    window = values.get("window", (0,) * _WINDOW)
+    numbers: dict[object, object] = {name: values[name] for name in _NUMBERS & values.keys()}
+    numbers |= enumerate(window if isinstance(window, tuple) else ())
+    wrong = [name for name, value in numbers.items() if not isinstance(value, int) or not 0 <= value < 1 << 32]
+    if wrong or not isinstance(window, tuple) or len(window) != _WINDOW:
+        raise ValueError(f"{wrong[0] if wrong else 'window'} is not what it should be")
+    return values
 
 
 def _known(kind: type[Stream] | type[Connection], row: dict[str, object]) -> dict[str, object]:

@@ -196,7 +196,7 @@ class _Checkpoint:
             if self.stop:
                 hold.abandon()
                 with stages.stage("stop"):
-                    tcp.mute()
+                    tcp.mute(self.config.run)
                     end_frozen(self.target, hold.thaw)
                     tcp.outlive()
         if lost is not None:

@@ -145,6 +145,12 @@ def _failure(target: Target, folder: Path, log: Path, stderr: str) -> SmrError:
 
 
 _HINTS = (
+    ("corked dgram socket", "a process holds datagrams back (UDP_CORK): checkpoint when it has sent them"),
+    (
+        "Unknown socket collected",
+        "a socket of this family (VSOCK, AF_ALG and others) cannot be saved: close it before the checkpoint",
+    ),
+    ("Dangling connection", "a process is connected to a unix socket outside of the container: have it disconnect (smr.quiesce)"),
     ("disable MPTCP", "multipath TCP cannot be checkpointed: start Go programs with GODEBUG=multipathtcp=0"),
     ("Can't get 1:16 opt", "this kernel needs CRIU 4.2 or newer to dump sockets: run install.sh"),
     ("io_uring", "io_uring cannot be checkpointed: turn it off in the application (UV_USE_IO_URING=0 for Node.js and uvloop)"),

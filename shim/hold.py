@@ -193,7 +193,7 @@ def _give_back(target: Target, config: Config, hooks: Hooks, halted: tuple[Proce
     from smr.shim.tcp.capture import rescue
 
     with contextlib.suppress(SmrError, OSError):
-        rescue(target.pid)
+        rescue(target.pid, config.run)
     with contextlib.suppress(SmrError):
         let_go(target, halted)
     if gpu:

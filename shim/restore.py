@@ -93,7 +93,7 @@ def restore(call: RuntimeCall, spec: Spec, annotations: Annotations, config: Con
         with state.stage("network"):
             net = stack.enter_context(netns.ready(spec, state))
             annotations = replace(annotations, tcp=mode.choose(image.config, net.there, annotations.tcp))
-            connections = stack.enter_context(mode.held(image, net.there, annotations.tcp, state))
+            connections = stack.enter_context(mode.held(image, net.there, annotations, state, config.run))
         gpu = stack.enter_context(revival(image.config, spec, annotations, config, state))
         with state.stage("rootfs"):
             apply_rootfs(state, image, spec)

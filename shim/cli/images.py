@@ -170,7 +170,7 @@ def _described(image: Image, cached: str) -> Iterator[tuple[str, str]]:
     yield from _gpus(config)
     yield "mounts", ", ".join(config.external_mounts)
     yield "addresses", ", ".join(config.addresses)
-    yield "tcp", config.tcp
+    yield "tcp", _connections(config)
     yield "pause", f"{config.pause_s:.3f} s" if config.pause_s else ""
     yield "quiesce", config.hooks.quiesce
     yield "resume", config.hooks.resume
@@ -182,6 +182,14 @@ def _options(config: CheckpointConfig) -> Iterator[tuple[str, str, str, str]]:
         both = (name in config.criu_dump, name in config.criu_options)
         at = {(True, True): "dump, restore", (True, False): "dump"}.get(both, "restore")
         yield name, at, ", ".join(config.criu_dump.get(name, "").split("\n")), config.criu_why.get(name, "")
+
+
+def _connections(config: CheckpointConfig) -> str:
+    found = config.connections
+    if found is None:
+        return f"{config.tcp}, by CRIU"
+    saved = f", {found.saved} of them saved" if found.saved else ""
+    return f"{config.tcp}; connected sockets: {found.inner} inside, {found.outer} to others{saved}"
 
 
 def _gpus(config: CheckpointConfig) -> Iterator[tuple[str, str]]:

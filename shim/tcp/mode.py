@@ -7,11 +7,11 @@ are CRIU's, all or none of them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from smr.images.image import Image
-from smr.proto.annotations import Tcp
+from smr.proto.annotations import Annotations, Tcp
 from smr.proto.checkpoint import CheckpointConfig
 from smr.proto.errors import Code, SmrError
 from smr.proto.oci import Spec
@@ -47,27 +47,37 @@ def choose(config: CheckpointConfig, spec: Spec, asked: Tcp) -> Tcp:
 
 
 @contextlib.contextmanager
-def held(image: Image, spec: Spec, chosen: Tcp, state: ContainerState) -> Iterator[Callable[[int], None]]:
+def held(image: Image, spec: Spec, annotations: Annotations, state: ContainerState, run: Path) -> Iterator[Callable[[int], None]]:
     """What gives the stopped tree of a pid its connections; until then their places are kept, where that is possible.
 
-    Nothing is imported for an image without connections. Raises NETWORK_FAILED where one is in use here already.
+    `annotations.tcp` is what `choose` has chosen. Nothing is imported for an image without connections. Raises NETWORK_FAILED
+    where one is in use here already.
     """
     facts = image.config.connections
     if facts is None or not facts.inner + facts.outer:
         yield lambda _: None
         return
     from smr.images.connections import read_connections
-    from smr.shim.tcp import revive
+    from smr.shim.tcp import lock, revive
 
-    found = read_connections(image)
+    found, chosen = read_connections(image), annotations.tcp
     with revive.stand_in(found, chosen, spec) as places:
 
         def act(pid: int) -> None:
-            outcome = revive.revive(found, pid, chosen, image.config.addresses, places)
+            outcome = revive.revive(found, pid, chosen, lambda: _moves(image.config, pid, annotations), places)
+            if facts.saved:  # also where they were not wanted: their other ends are to learn of that
+                lock.unlock((one for one in found if one.stream is not None and not one.inner), run)
             state.record.tcp = outcome.as_dict()
             state.record.warnings += outcome.warnings
 
         yield act
+
+
+def _moves(config: CheckpointConfig, pid: int, annotations: Annotations) -> Mapping[str, str]:
+    from smr.shim import addresses, interfaces
+
+    new = interfaces.of_namespace(Path(f"/proc/{pid}/ns/net"))
+    return addresses.plan(config, new, annotations.addresses).move.addresses
 
 
 def _addresses(spec: Spec) -> tuple[str, ...] | None:

@@ -22,11 +22,11 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from smr.images.connections import Connection, End
+from smr.images.connections import Connection, End, plain
 from smr.proto.annotations import Tcp
 from smr.proto.errors import Code, SmrError
 from smr.proto.oci import Spec
@@ -102,15 +102,17 @@ def _deaf(one: Connection) -> socket.socket:
     return sock
 
 
-def revive(connections: Sequence[Connection], pid: int, mode: Tcp, before: Sequence[str], places: Places) -> Outcome:
-    """Give the stopped tree of `pid` its connections; `before`: the checkpoint's addresses, `places`: what `stand_in` yielded."""
+def revive(
+    connections: Sequence[Connection], pid: int, mode: Tcp, moves: Callable[[], Mapping[str, str]], places: Places
+) -> Outcome:
+    """Give the stopped tree of `pid` its connections; `moves`: old to new addresses, `places`: what `stand_in` yielded."""
     here = network.addresses(pid)
     outcome = Outcome()
     with contextlib.ExitStack() as stack:
         sockets = list(_borrow(connections, pid, stack))
         kept = [one for one in sockets if _survives(one.connection, mode)]
         lost = [one for one in sockets if not _survives(one.connection, mode)]
-        moved = moves(before, here)
+        moved = moves() if any(one.connection.inner and not _stays(one.connection.local, here) for one in kept) else {}
         lost += _build([_with_ends(one, here, moved) for one in kept], pid, places)
         outcome.restored = len(sockets) - len(lost)
         failed = [one for one in lost if _survives(one.connection, mode)]
@@ -137,21 +139,6 @@ def _borrow(connections: Sequence[Connection], pid: int, stack: contextlib.ExitS
                 yield _Socket(connection=one, sock=sock)
 
 
-def moves(before: Sequence[str], here: Sequence[str]) -> dict[str, str]:
-    """Old addresses and those that took their places, where it is clear which: one of a family then, and one now."""
-    from ipaddress import ip_address
-
-    found = {}
-    for version in (4, 6):
-        old, new = (
-            [one for one in some if ip_address(one).version == version and not ip_address(one).is_link_local]
-            for some in (before, here)
-        )
-        if len(old) == len(new) == 1:
-            found[old[0]] = new[0]
-    return found
-
-
 def _with_ends(one: _Socket, here: Sequence[str], moved: Mapping[str, str]) -> _Socket:
     """An inner connection at addresses that the container has: its own, that which took its place, or loopback."""
     if one.connection.inner:
@@ -161,14 +148,17 @@ def _with_ends(one: _Socket, here: Sequence[str], moved: Mapping[str, str]) -> _
 
 
 def _moved(end: End, here: Sequence[str], moved: Mapping[str, str]) -> End:
-    from ipaddress import IPv6Address, ip_address
-
-    parsed = ip_address(end[0])
-    plain = parsed.ipv4_mapped if isinstance(parsed, IPv6Address) and parsed.ipv4_mapped else parsed
-    if plain.is_loopback or str(plain) in here:
+    if _stays(end, here):
         return end
-    new = moved.get(str(plain), "127.0.0.1" if plain.version == 4 else "::1")
-    return (f"::ffff:{new}" if plain is not parsed else new, end[1], 0)
+    address = plain(end)[0]
+    new = moved.get(address, "::1" if ":" in address else "127.0.0.1")
+    return (f"::ffff:{new}" if ":" in end[0] and ":" not in address else new, end[1], 0)
+
+
+def _stays(end: End, here: Sequence[str]) -> bool:
+    from ipaddress import ip_address
+
+    return plain(end)[0] in here or ip_address(plain(end)[0]).is_loopback
 
 
 def _build(sockets: list[_Socket], pid: int, places: Places) -> list[_Socket]:
@@ -185,8 +175,8 @@ def _build(sockets: list[_Socket], pid: int, places: Places) -> list[_Socket]:
             repair.build(one.sock, one.connection.local, one.connection.remote, one.connection.state, stream)
         except OSError:
             failed.append(one)
-    gone = {(one.connection.remote, one.connection.local) for one in failed}
-    failed += [one for one in sockets if one not in failed and (one.connection.local, one.connection.remote) in gone]
+    gone = {_other(one) for one in failed}
+    failed += [one for one in sockets if one not in failed and _ends(one) in gone]
     for one in failed:
         with contextlib.suppress(OSError):
             repair.disconnect(one.sock)
@@ -194,16 +184,24 @@ def _build(sockets: list[_Socket], pid: int, places: Places) -> list[_Socket]:
     built = [one for one in sockets if one not in failed]
     for one in built:
         repair.repair_off(one.sock, one.reuse, probe=not one.connection.inner)
-    ends = {(one.connection.local, one.connection.remote) for one in built}
+    ends = {_ends(one) for one in built}
     for one in built:
         assert one.connection.stream is not None
         with contextlib.suppress(OSError):
             repair.finish(one.sock, one.connection.state, one.connection.stream)
-    alone = [one for one in built if (one.connection.remote, one.connection.local) not in ends]
+    alone = [one for one in built if _other(one) not in ends]
     finished = [one.connection for one in alone if one.connection.state in repair.ENDED]
     if finished:
         network.in_namespace(Path(f"/proc/{pid}/ns/net"), lambda: _say_fins(finished))
     return failed
+
+
+def _ends(one: _Socket) -> tuple[tuple[str, int], tuple[str, int]]:
+    return plain(one.connection.local), plain(one.connection.remote)
+
+
+def _other(one: _Socket) -> tuple[tuple[str, int], tuple[str, int]]:
+    return plain(one.connection.remote), plain(one.connection.local)
 
 
 def _say_fins(connections: Sequence[Connection]) -> None:

@@ -7,6 +7,7 @@ It answers HTTP on port 8000 as workload.py does:
     /look          {"count", "boot"}
     /inner         every kind that must work as if nothing had happened: "ok" or what is wrong
     /outer         what each of those that wait on a connection to the outside has seen: "waiting", or how it ended
+    /hold/KIND     holds a socket that cannot be dumped (REFUSED); /drop closes it
     /send/TEXT     TEXT to the outside on the connection `talk`; answers what came back
 
 Port 8001 takes connections and never accepts them; port 8002 accepts and echoes.
@@ -466,6 +467,31 @@ class Outer:
             return errno.errorcode.get(error.errno, repr(error))
 
 
+def corked():
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.connect(("127.0.0.1", 9))
+    sock.setsockopt(socket.IPPROTO_UDP, 1, 1)
+    sock.send(b"not sent")
+    return [sock]
+
+
+def unix_outside():
+    """A stream to a listener that nobody else in the container has: its other end is in /outside, a volume."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect("/outside/listener")
+    return [sock]
+
+
+# What cannot be dumped, each as a list of what is to be closed again.
+REFUSED = {
+    "mptcp": lambda: [socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)],
+    "corked": corked,
+    "alg": lambda: [socket.socket(socket.AF_ALG, socket.SOCK_SEQPACKET)],
+    "vsock": lambda: [socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)],
+    "unix outside": unix_outside,
+}
+
+
 class Echo:
     def __init__(self):
         self.silent = socket.create_server(("0.0.0.0", 8001), backlog=16)
@@ -505,6 +531,14 @@ def route(state, name, argument):
         return state["outer"].look()
     if name == "send":
         return {"answer": state["outer"].send(argument)}
+    if name == "hold":
+        try:
+            state["held"] = REFUSED[argument.replace("_", " ")]()
+        except OSError as error:
+            return {"error": repr(error)}
+        return {}
+    if name == "drop":
+        return {"dropped": [sock.close() for sock in state.pop("held")]}
     state["count"] += name == "count"
     return {"count": state["count"], "boot": state["boot"]}
 

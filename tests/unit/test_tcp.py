@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smr.images.connections import FILE, Connection, Stream, parse_connections, write_connections
+from smr.images.connections import FILE, Connection, Stream, parse_connections, plain, write_connections
 from smr.proto.annotations import Tcp
 from smr.proto.checkpoint import CheckpointConfig, Connections
 from smr.proto.errors import Code, SmrError
@@ -164,10 +164,36 @@ def test_mode(
     assert caught.value.code is chosen
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"local": ("10.0.0.5; flush ruleset", 80, 0)},
+        {"remote": ("fe80::1%x } flush", 80, -1)},
+        {"fd": -1},
+        {"pid": "1"},
+        {"stream": replace(STREAM, in_seq=1 << 32)},
+        {"stream": replace(STREAM, window=(1, 2))},
+        {"stream": replace(STREAM, mss="large")},
+    ],
+    ids=str,
+)
+def test_values_that_are_none(tmp_path: Path, change: dict[str, object]) -> None:
+    """They go to the kernel and to nft, as root: what is no address, no port, no number is an error of the image."""
+    write_connections(tmp_path, [replace(ONE, **change)])  # type: ignore[arg-type]
+    with pytest.raises(SmrError) as caught:
+        parse_connections((tmp_path / FILE).read_bytes())
+    assert caught.value.code is Code.IMAGE_CORRUPT
+
+
+def test_ends_as_packets_have_them() -> None:
+    """IPv4 in IPv6 is IPv4, and a scope is no part of an address."""
+    assert plain(("::ffff:10.0.0.5", 80, 0)) == ("10.0.0.5", 80)
+    assert plain(("fe80::1%eth0", 80, 2)) == ("fe80::1", 80)
+
+
 def test_where_inner_connections_go() -> None:
     """To the address that took the place of theirs, where that is clear; else to loopback, since both ends go there."""
-    moved = revive.moves(("10.0.0.5", "fe80::1", "fd00::5"), ("10.0.0.6", "fd00::6", "fd00::7"))
-    assert moved == {"10.0.0.5": "10.0.0.6"}
+    moved = {"10.0.0.5": "10.0.0.6"}
     assert revive._moved(("10.0.0.5", 80, 0), ("10.0.0.6",), moved) == ("10.0.0.6", 80, 0)
     assert revive._moved(("::ffff:10.0.0.5", 80, 0), ("10.0.0.6",), moved) == ("::ffff:10.0.0.6", 80, 0)
     assert revive._moved(("fd00::5", 80, 0), ("10.0.0.6",), moved) == ("::1", 80, 0)
