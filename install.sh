@@ -382,16 +382,22 @@ tell_restart() { # ENGINE DIGEST-BEFORE
     fi
 }
 
-in_use() { # the engines' processes of containers that run through SMR
+in_use() { # the engines' processes of containers that run through this installation
     for process in /proc/[0-9]*; do
-        case $(cat "$process/comm" 2>/dev/null) in
-            conmon | containerd-shim*)
-                if tr '\0' '\n' 2>/dev/null <"$process/cmdline" | grep -qF "$PREFIX/" || tr '\0' '\n' 2>/dev/null <"$process/environ" | grep -F PATH= | grep -qF -e "$PREFIX/" -e /smr-path:; then
-                    printf ' %s' "${process##*/}"
-                fi
-                ;;
-        esac
+        case $(cat "$process/comm" 2>/dev/null) in conmon | containerd-shim*) ;; *) continue ;; esac
+        if tr '\0' '\n' 2>/dev/null <"$process/cmdline" | grep -qF "$PREFIX/" || through_shim "$process"; then
+            printf ' %s' "${process##*/}"
+        fi
     done
+}
+
+through_shim() { # PROCESS: its PATH begins with our folder, or one whose runc is ours
+    path=$(tr '\0' '\n' 2>/dev/null <"$1/environ" | sed -n 's/^PATH=//p')
+    case $path in
+        *"$PREFIX/"*) ;;
+        */smr-path:*) case $(readlink "$1/root${path%%:*}/runc") in "$PREFIX"/*) ;; *) return 1 ;; esac ;;
+        *) return 1 ;;
+    esac
 }
 
 finish() {
