@@ -122,7 +122,9 @@ def apply_layer(
     """
     with ExitStack() as held:
         reader = held.enter_context(_reading(tar, limits, owners))
-        held.enter_context(disk_errors(f"applying {tar.name} to {root}"))
+        held.enter_context(
+            disk_errors(f"applying {tar.name} to {root}", f"free space and inodes: df {root} {undo_dir}; df -i {root}")
+        )
         tree = held.enter_context(Tree(root))
         applier = _Applier(tree, held.enter_context(Journal(undo_dir, tree, layers)), reader, devices)
         try:

@@ -53,16 +53,14 @@ def safe_parts(name: str) -> Parts:
 
 
 @contextmanager
-def disk_errors(what: str) -> Iterator[None]:
-    """Turn an OSError of the body into DISK_FULL or ROOTFS_FAILED."""
+def disk_errors(what: str, full: str = "free space, or move the store with 'store' in /etc/smr/smr.toml") -> Iterator[None]:
+    """Turn an OSError of the body into DISK_FULL, with `full` as its hint, or ROOTFS_FAILED."""
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        no_space = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise SmrError(
-            f"{what}: {error}",
-            hint="free space, or move the store with 'store' in /etc/smr/smr.toml" if full else "",
-            code=Code.DISK_FULL if full else Code.ROOTFS_FAILED,
+            f"{what}: {error}", hint=full if no_space else "", code=Code.DISK_FULL if no_space else Code.ROOTFS_FAILED
         ) from error
 
 

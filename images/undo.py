@@ -180,7 +180,7 @@ def undo_from(undo_dir: Path, root: Path) -> None:
     """
     lowers, lines = _lines(undo_dir)
     if lines:
-        with disk_errors(f"undoing the changes to {root}"), Tree(root) as tree:
+        with disk_errors(f"undoing the changes to {root}", f"free space and inodes: df {root}; df -i {root}"), Tree(root) as tree:
             saved = os.open(undo_dir / "saved.tar", os.O_RDONLY | os.O_CLOEXEC)
             try:
                 for line in reversed(lines):
