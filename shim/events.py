@@ -22,25 +22,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from smr.proto.errors import SmrError
+from smr.proto.pod import pod_of
 from smr.shim.config import Config
 from smr.shim.log import canonical_line
 
 MOST_BYTES = 1 << 20
 _REASON_CHARACTERS = 1024
 _FIRST_LINE_BYTES = 256
-# containerd's CRI plugin, then CRI-O.
-_POD_KEYS = {
-    "namespace": ("io.kubernetes.cri.sandbox-namespace", "io.kubernetes.pod.namespace"),
-    "name": ("io.kubernetes.cri.sandbox-name", "io.kubernetes.pod.name"),
-    "uid": ("io.kubernetes.cri.sandbox-uid", "io.kubernetes.pod.uid"),
-    "container": ("io.kubernetes.cri.container-name", "io.kubernetes.container.name"),
-}
+_ENTRY_CHARACTERS = 32 << 10
+# What is kept of an entry that is longer.
+_LEAST = frozenset({"time", "event", "container", "image", "digest", "code", "reason", "pod", "busy_s", "pause_s"})
 _OPEN = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC
 
 
 def emit(config: Config, event: str, facts: Mapping[str, object], annotations: Mapping[str, str] | None = None) -> None:
     """Tell of an event in log and journal; `annotations` are the container's, of which its pod is told. Never raises OSError."""
-    pod = pod_of(annotations or {})
+    pod = pod_facts(annotations or {})
     told = {**facts, "pod": pod} if pod else facts
     note(config, event, told)
     canonical_line(config.log, event, **told)
@@ -53,10 +50,13 @@ def emit_failure(
     emit(config, event, {"container": container, "image": image, "code": error.code.value, "reason": str(error)}, annotations)
 
 
-def pod_of(annotations: Mapping[str, str]) -> dict[str, str]:
-    """The pod of a container by the annotations of its engine: namespace, name, uid, container; empty when it has none."""
-    found = {what: next((annotations[key] for key in keys if annotations.get(key)), "") for what, keys in _POD_KEYS.items()}
-    return {what: value for what, value in found.items() if value} if found["namespace"] and found["name"] else {}
+def pod_facts(annotations: Mapping[str, str]) -> dict[str, str]:
+    """The pod of a container: namespace, name, uid, container, as far as its engine tells; empty when it has none."""
+    pod = pod_of(annotations)
+    if pod is None or not (pod.namespace and pod.name):
+        return {}
+    facts = {"namespace": pod.namespace, "name": pod.name, "uid": pod.uid, "container": pod.container}
+    return {what: value for what, value in facts.items() if value}
 
 
 def journal_dir(run: Path) -> Path:
@@ -70,8 +70,11 @@ def note(config: Config, event: str, facts: Mapping[str, object]) -> None:
     entry: dict[str, object] = {"time": now, "event": event, **facts}
     if isinstance(reason := entry.get("reason"), str):
         entry["reason"] = reason[:_REASON_CHARACTERS]
+    line = json.dumps(entry, default=str)
+    if len(line) > _ENTRY_CHARACTERS:
+        line = json.dumps({key: value for key, value in entry.items() if key in _LEAST}, default=str)
     with contextlib.suppress(OSError):
-        _append(journal_dir(config.run), json.dumps(entry, default=str).encode() + b"\n")
+        _append(journal_dir(config.run), line.encode() + b"\n")
 
 
 def _append(folder: Path, line: bytes) -> None:

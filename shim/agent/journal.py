@@ -58,19 +58,27 @@ class Follower:
         self.totals.count(name, label)
         self._save()
 
-    def remembered(self) -> tuple[Event, ...]:
-        """All that the journal has, oldest first."""
-        return read(self._run, Position()).events
-
     @contextlib.contextmanager
-    def subscription(self) -> Iterator[asyncio.Queue[Event | None]]:
-        """Events from now on; None is the last: the agent ends, or the reader did not keep up."""
+    def subscription(self, *, replay: bool = False) -> Iterator[tuple[tuple[Event, ...], asyncio.Queue[Event | None]]]:
+        """All that the journal has so far, with `replay`, and the events after that.
+
+        None is the last: the agent ends, or the reader did not keep up.
+        """
         queue: asyncio.Queue[Event | None] = asyncio.Queue(_WAITING_MOST)
+        past = self._past() if replay else ()
         self._queues.add(queue)
         try:
-            yield queue
+            yield past, queue
         finally:
             self._queues.discard(queue)
+
+    def _past(self) -> tuple[Event, ...]:
+        """Up to where the totals are, neither less nor more: the next look goes on from there."""
+        while True:
+            self.look()
+            news = read(self._run, Position())
+            if news.position == self.totals.position or not news.position.journal:  # no journal any more
+                return news.events
 
     def _save(self) -> None:
         with contextlib.suppress(OSError):

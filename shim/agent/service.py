@@ -28,7 +28,7 @@ from smr.shim.agent.journal import Event, Follower
 from smr.shim.agent.metrics import version
 from smr.shim.agent.workers import Workers
 from smr.shim.config import Config
-from smr.shim.events import pod_of
+from smr.shim.events import pod_facts
 from smr.shim.inspect import summary_of
 from smr.shim.state import ContainerState, all_states
 
@@ -163,8 +163,8 @@ class Service(AgentBase):
     async def Watch(self, request: pb.WatchRequest, stream: Stream[pb.WatchRequest, pb.Event]) -> None:
         """Events, until the client ends the call."""
         await stream.send_initial_metadata()  # the client knows from here on that it misses nothing
-        with self._follower.subscription() as queue:
-            for event in self._follower.remembered() if request.replay else ():
+        with self._follower.subscription(replay=request.replay) as (past, queue):
+            for event in past:
                 await stream.send_message(event_of(event))
             while (news := await queue.get()) is not None:
                 await stream.send_message(event_of(news))
@@ -235,7 +235,7 @@ def container_of(state: ContainerState) -> pb.Container:
         pages_source=str(record.pages.get("source", "")),
         memory_bytes=int(record.pages.get("memory_bytes", 0)),
         read_bytes=int(record.pages.get("read_bytes", 0)),
-        pod=_pod(pod_of(record.annotations)),
+        pod=_pod(pod_facts(record.annotations)),
     )
 
 

@@ -220,6 +220,7 @@ def test_memory_under_load(agent: Agent, config: Config) -> None:
 
 
 CRI = {
+    "io.kubernetes.cri.container-type": "container",
     "io.kubernetes.cri.sandbox-namespace": "shop",
     "io.kubernetes.cri.sandbox-name": "llama-0",
     "io.kubernetes.cri.container-name": "server",

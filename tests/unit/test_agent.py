@@ -134,7 +134,7 @@ def test_a_watcher_that_does_not_keep_up_is_let_go(config: Config) -> None:
     async def live() -> tuple[int, int]:
         follower = Follower(config.run, config.run / "agent/totals.json", lambda _: None)
         try:
-            with follower.subscription() as slow, follower.subscription() as quick:
+            with follower.subscription() as (_, slow), follower.subscription() as (_, quick):
                 taken = 0
                 for number in range(1500):
                     note(config, "restored", {"n": number})
@@ -148,6 +148,31 @@ def test_a_watcher_that_does_not_keep_up_is_let_go(config: Config) -> None:
 
     (config.run / "agent").mkdir(parents=True)
     assert asyncio.run(live()) == (1000, 1500)
+
+
+def test_a_replay_neither_misses_nor_repeats(config: Config) -> None:
+    """What is in the journal and was not looked at yet is past, and no news."""
+
+    async def live() -> tuple[list[object], list[object]]:
+        follower = Follower(config.run, config.run / "agent/totals.json", lambda _: None)
+        try:
+            note(config, "restored", {"n": 1})
+            follower.look()
+            note(config, "restored", {"n": 2})
+            with follower.subscription(replay=True) as (past, queue):
+                note(config, "restored", {"n": 3})
+                follower.look()
+                follower.look()
+                news = [(queue.get_nowait() or {})["n"] for _ in range(queue.qsize())]
+            (config.run / "events/journal").unlink()
+            with follower.subscription(replay=True) as (nothing, _):
+                assert not nothing
+            return [event["n"] for event in past], news
+        finally:
+            follower.close()
+
+    (config.run / "agent").mkdir(parents=True)
+    assert asyncio.run(live()) == ([1, 2], [3])
 
 
 def test_a_state_directory_that_is_made_anew_is_watched_again(config: Config) -> None:

@@ -11,9 +11,10 @@ import pytest
 from smr.proto.errors import Code, SmrError
 from smr.shim import events
 from smr.shim.config import Config
-from smr.shim.events import MOST_BYTES, Position, emit, emit_failure, note, pod_of, read
+from smr.shim.events import MOST_BYTES, Position, emit, emit_failure, note, pod_facts, read
 
 CRI = {
+    "io.kubernetes.cri.container-type": "container",
     "io.kubernetes.cri.sandbox-namespace": "shop",
     "io.kubernetes.cri.sandbox-name": "llama-0",
     "io.kubernetes.cri.sandbox-uid": "0f1e",
@@ -147,18 +148,31 @@ def test_a_long_reason_is_cut_in_the_journal(config: Config) -> None:
     assert len(json.loads(config.log.read_text())["reason"]) == 5000
 
 
+def test_an_entry_is_bounded(config: Config) -> None:
+    """A thousand warnings are for the log; the journal keeps what is counted and told."""
+    note(config, "restored", {"container": "c1", "busy_s": 0.1, "warnings": ["w" * 100] * 1000})
+    (event,) = read(config.run, Position()).events
+    assert (event["container"], event["busy_s"], event.get("warnings")) == ("c1", 0.1, None)
+
+
 @pytest.mark.parametrize(
     ("annotations", "found"),
     [
         ({}, {}),
-        ({"io.kubernetes.cri.sandbox-name": "p"}, {}),
+        ({"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-name": "p"}, {}),
+        ({**CRI, "io.kubernetes.cri.container-type": "sandbox"}, {}),
         (
-            {"io.kubernetes.pod.namespace": "n", "io.kubernetes.pod.name": "p", "io.kubernetes.container.name": "c"},
+            {
+                "io.kubernetes.cri-o.ContainerType": "container",
+                "io.kubernetes.pod.namespace": "n",
+                "io.kubernetes.pod.name": "p",
+                "io.kubernetes.container.name": "c",
+            },
             {"namespace": "n", "name": "p", "container": "c"},
         ),
     ],
-    ids=["none", "half", "cri-o"],
+    ids=["none", "half", "sandbox", "cri-o"],
 )
-def test_pod_of(annotations: dict[str, str], found: dict[str, str]) -> None:
+def test_pod_facts(annotations: dict[str, str], found: dict[str, str]) -> None:
     """Namespace and name are needed; what the engine does not tell is left out."""
-    assert pod_of(annotations) == found
+    assert pod_facts(annotations) == found
