@@ -41,7 +41,21 @@ from smr.proto.annotations import Tcp, check_reference
 from smr.proto.checkpoint import MOUNT_ANNOTATION, CheckpointConfig, Hooks, Host, Interface, LayerType, Source
 from smr.proto.errors import Code, SmrError
 from smr.proto.oci import parse_spec
-from smr.shim import cgroups, clocks, criu, criu_why, inotify, interfaces, preflight, procs, rootfs, rootless, stdio, tmpfs
+from smr.shim import (
+    cgroups,
+    clocks,
+    criu,
+    criu_why,
+    inotify,
+    interfaces,
+    nested_mounts,
+    preflight,
+    procs,
+    rootfs,
+    rootless,
+    stdio,
+    tmpfs,
+)
 from smr.shim.config import Config
 from smr.shim.criu import Criu
 from smr.shim.dump import asked_options, flags_of, options, session_options
@@ -158,7 +172,9 @@ class _Checkpoint:
     def make(self, name: str) -> Result:
         stages = self.stages
         chosen = options() | session_options(self.target.pid) | inotify.dump_options(self.target.pid)
-        chosen |= stdio.dump_externals(self.target.pid) | asked_options(self.target.spec.annotations)
+        chosen |= asked_options(self.target.spec.annotations)
+        nested = nested_mounts.of_container(self.target.pid, self.target.spec, self.target.rootfs)
+        chosen = stdio.merged(chosen, stdio.dump_externals(self.target.pid), nested_mounts.dump_externals(nested))
         flags_of(self.target.runtime)  # asks the runtime, which need not be while all wait
         lost: SmrError | None = None
         root = rootfs.find(self.target, self.config)
@@ -169,10 +185,10 @@ class _Checkpoint:
         ):
             hold.quiesce()
             hold.take_gpu()
-            hooked: tuple[str, ...] = ()
+            hooked = nested
             if hold.gpu is not None:
                 chosen = stdio.merged(chosen, dump_externals(self.target.pid, self.target.spec))
-                hooked = hook_destinations(self.target.pid, self.target.spec)
+                hooked += hook_destinations(self.target.pid, self.target.spec)
             hold.freeze()
             pages, warnings = _capture(
                 self.target, root, ingest, self.tool, chosen, hold, self.config.log.parent, compress=self.compress
@@ -302,10 +318,12 @@ def _describe(target: Target, folder: Path, tool: Criu, tcp: Tcp, seen: tuple[In
     from smr.images import criu_sockets
     from smr.images.criu_files import tasks
     from smr.images.held_files import held_files
+    from smr.images.mount_sharing import make_private
     from smr.images.stdio_files import stdio_of
     from smr.shim.mounts import bound_paths
 
     sockets = criu_sockets.facts(folder, {one.index: one.name for one in seen})
+    make_private(folder)
     return CheckpointConfig(
         created=datetime.now(UTC).isoformat(timespec="milliseconds"),
         host=_host(target, tool),

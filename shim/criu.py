@@ -23,6 +23,8 @@ MINIMUM = (4, 1)
 MINIMUM_FOR_SOCKETS = (4, 2)
 # Sent by runc and crun in every request, so only their own flags have an effect.
 RUNTIME_FLAGS = frozenset({"file-locks", "shell-job", "ext-unix-sk", "tcp-established"})
+# A configuration file of CRIU's has no way to write these.
+_UNWRITABLE = re.compile(r"[\s#\]\"]")
 _HINT = "run install.sh, which provides one, or set criu in /etc/smr/smr.toml"
 
 
@@ -121,6 +123,19 @@ def write_options(path: Path, options: Mapping[str, str]) -> None:
     """Write a CRIU configuration file: an option a line, "" for a flag; a value of several lines gives the option for each."""
     lines = [f"{name} {line}".rstrip() + "\n" for name, value in options.items() for line in value.split("\n")]
     path.write_text("".join(lines))
+
+
+def external_mounts(mapping: Mapping[str, str]) -> dict[str, str]:
+    """The option that names mounts as external: mount point to name at a dump, name to source at a restore."""
+    for path in (*mapping, *mapping.values()):
+        if _UNWRITABLE.search(path):
+            raise SmrError(
+                f"the mount {path!r} cannot be named to CRIU: it has white space, '#', ']' or '\"'",
+                hint="mount it elsewhere",
+                code=Code.UNSUPPORTED,
+            )
+    lines = [f"mnt[{key}]:{value}" for key, value in mapping.items()]
+    return {"external": "\n".join(lines)} if lines else {}
 
 
 def quote_log(log: Path, *, before: int = 2, most: int = 12) -> str:

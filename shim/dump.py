@@ -154,7 +154,10 @@ _HINTS = (
     ("disable MPTCP", "multipath TCP cannot be checkpointed: start Go programs with GODEBUG=multipathtcp=0"),
     ("Can't get 1:16 opt", "this kernel needs CRIU 4.2 or newer to dump sockets: run install.sh"),
     ("io_uring", "io_uring cannot be checkpointed: turn it off in the application (UV_USE_IO_URING=0 for Node.js and uvloop)"),
-    ("Can't lookup mount", "a file was opened outside the container's root: give it to the container as a volume"),
+    (
+        "Can't lookup mount",
+        "a file was opened outside the container's root: give it to the container as a volume; or a message queue is open",
+    ),
     ("unix: Unix socket", "a socket of another network namespace, as the log driver passthrough gives: use k8s-file or journald"),
     ("Can't get rlimit", "CRIU lacks the right to read limits of another user's process (CAP_SYS_RESOURCE)"),
     (

@@ -4,8 +4,8 @@
                             the order of the spec; what later entries of the spec have mounted below is moved onto the new mount
     maskedPaths             the container's /dev/null over files, an empty read-only tmpfs over directories, as runtimes do it
     readonlyPaths           the path bound to itself, read-only
-    propagation             CRIU restores a mount from outside as private; where the spec asks for shared or slave, it joins the
-                            group of its source again
+    propagation             shared, slave or private as the spec says; CRIU restores what the image has, and a mount joins the
+                            group of its new source
     proc, sysfs and others  cannot be given from outside; a warning says so
 
 What is a mount already is left alone, whoever has made it: what the spec wants of its flags is seen to afterwards
@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from smr.proto.annotations import Annotations
 from smr.proto.errors import Code, SmrError
 from smr.proto.mount_list import clean
 from smr.proto.oci import Mount, Spec, as_list, as_object
-from smr.shim import mount_calls, mounts
+from smr.shim import mount_calls, mounts, nested_mounts
 from smr.shim.mount_flags import FLAGS
 from smr.shim.mount_points import found, make_point, owner_of
 from smr.shim.mountinfo import unescape
@@ -38,6 +38,11 @@ _PROPAGATION: Mapping[str, int] = {
     "slave": mount_calls.SLAVE,
     "shared": mount_calls.SHARED,
     "unbindable": mount_calls.UNBINDABLE,
+}
+# How mountinfo shows them: what is shared in the container is a slave of the host's group as well, as runtimes have it.
+_SHARING: Mapping[int, frozenset[str]] = {
+    mount_calls.SLAVE: frozenset({"master"}),
+    mount_calls.SHARED: frozenset({"shared", "master"}),
 }
 _NO_TMPFS_OPTIONS = frozenset({"defaults", "rw", "suid", "dev", "exec", "tmpcopyup", "bind", "rbind", "symfollow", "relatime"})
 _CGROUPS = frozenset({"cgroup", "cgroup2"})
@@ -57,11 +62,11 @@ class _Given:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Joined:
-    """A mount that the checkpoint had, and a clone of its source, whose group it is to join."""
+    """A mount that the checkpoint had, and its propagation; `origin` is a clone of its source, whose group it is to join."""
 
     destination: str
-    origin: int
-    slave: bool
+    kind: int
+    origin: int = -1
 
 
 def give(
@@ -73,6 +78,7 @@ def give(
     """
     here = _points(pid)
     wanted = [mount for mount in mounts.asked_mounts(spec, annotations) if not left_out(clean(mount.destination))]
+    wanted += nested_mounts.more(wanted, here)
     missing = [mount for mount in wanted if clean(mount.destination) not in here]
     linux = as_object(spec.document.get("linux"), "linux")
     masked, read_only = _paths(linux, "maskedPaths", here, pid), _paths(linux, "readonlyPaths", here, pid)
@@ -106,7 +112,7 @@ class _Work:
         self.doing = "the mounts of the container"
 
     def run(self, proc: int) -> None:
-        """In a thread of that namespace; `proc` is our /proc/thread-self."""
+        """In a thread of that namespace; `proc` is our /proc/thread-self. What was imported here would be the container's."""
         with mount_calls.opened("/", os.O_PATH) as root:
             for given in self.given:
                 self.doing = f"the mount {given.destination}"
@@ -148,12 +154,15 @@ class _Work:
     def _join(self, joined: _Joined, root: int) -> None:
         with found(root, joined.destination) as mount:
             try:
-                mount_calls.join_group(joined.origin, mount)
-                if joined.slave:
+                if joined.origin >= 0:
+                    mount_calls.set_attributes(mount, propagation=mount_calls.PRIVATE)
+                    mount_calls.join_group(joined.origin, mount)
                     mount_calls.set_attributes(mount, propagation=mount_calls.SLAVE)
+                if joined.kind != mount_calls.SLAVE:
+                    mount_calls.set_attributes(mount, propagation=joined.kind)
             except OSError as error:
-                needed = "a slave of its source's" if joined.slave else "shared"
-                self.warnings.append(f"the mount {joined.destination} is private, needed {needed}: {error.strerror}")
+                needed = next(name for name, value in _PROPAGATION.items() if value == joined.kind)
+                self.warnings.append(f"the propagation of the mount {joined.destination} is not {needed}: {error.strerror}")
 
     def _make_read_only(self, path: str, root: int, proc: int) -> None:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError), found(root, path) as place:
@@ -214,9 +223,11 @@ def _made_bind(mount: Mount) -> int:
     made = mount_calls.clone(mount.source, deep="rbind" in mount.options)
     try:
         propagation, deep = _propagation(mount)
-        if propagation != mount_calls.SHARED:
-            # Without a word of the spec it is a slave, as with runtimes, whose mount namespaces are slaves of the host's.
-            mount_calls.set_attributes(made, propagation=propagation or mount_calls.SLAVE, deep=deep or not propagation)
+        # Without a word of the spec it is a slave, as with runtimes, whose mount namespaces are slaves of the host's.
+        if propagation != mount_calls.PRIVATE:
+            mount_calls.set_attributes(made, propagation=mount_calls.SLAVE, deep=True)
+        if propagation not in {0, mount_calls.SLAVE}:
+            mount_calls.set_attributes(made, propagation=propagation, deep=deep)
     except BaseException:
         os.close(made)
         raise
@@ -255,19 +266,45 @@ def _copy_up(work: _Work, destination: str, target: int) -> None:
         os.close(source)
 
 
-def _joins(present: Sequence[Mount], here: Mapping[str, bool], stack: ExitStack) -> Iterator[_Joined]:
-    """Mounts of the checkpoint that are private, and shared or slave by the spec."""
+def _joins(present: Sequence[Mount], here: Mapping[str, frozenset[str]], stack: ExitStack) -> Iterator[_Joined]:
+    """Mounts of the checkpoint whose propagation is not what the spec says; where it says nothing, slave, as with runtimes."""
+    groups = _shared_sources() if any(mount.is_bind for mount in present) else frozenset()
     for mount in present:
         destination = clean(mount.destination)
-        kind = _propagation(mount)[0] if mount.is_bind else 0
-        if here[destination] or kind not in {mount_calls.SLAVE, mount_calls.SHARED}:
-            continue
-        try:
-            origin = mount_calls.clone(mount.source, deep=False)
-        except OSError as error:
-            raise _failed(f"the mount {destination} (source {mount.source})", error) from error
-        stack.callback(os.close, origin)
-        yield _Joined(destination=destination, origin=origin, slave=kind == mount_calls.SLAVE)
+        kind = (_propagation(mount)[0] or mount_calls.SLAVE) if mount.is_bind else 0
+        has = here[destination]
+        if kind == mount_calls.PRIVATE and has:
+            yield _Joined(destination=destination, kind=kind)
+        elif kind in _SHARING and has != _SHARING[kind] and _mount_of(mount.source) in groups:
+            try:
+                origin = mount_calls.clone(mount.source, deep=False)
+            except OSError as error:
+                raise _failed(f"the mount {destination} (source {mount.source})", error) from error
+            stack.callback(os.close, origin)
+            yield _Joined(destination=destination, kind=kind, origin=origin)
+
+
+def _shared_sources() -> frozenset[int]:
+    """Numbers of our own mounts that take part in the mounts of others."""
+    numbers = set()
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").split("\n"):
+        words = line.partition(" - ")[0].split(" ")
+        if any(word.startswith(("shared:", "master:")) for word in words[6:]):
+            numbers.add(int(words[0]))
+    return frozenset(numbers)
+
+
+def _mount_of(path: str) -> int:
+    """The number of the mount that a path of ours lies on; -1 when it is not there."""
+    try:
+        fd = os.open(path, _PATH)
+    except OSError:
+        return -1
+    try:
+        text = Path(f"/proc/self/fdinfo/{fd}").read_text()
+    finally:
+        os.close(fd)
+    return next(int(line.split()[1]) for line in text.splitlines() if line.startswith("mnt_id:"))
 
 
 def _propagation(mount: Mount) -> tuple[int, bool]:
@@ -280,21 +317,21 @@ def _propagation(mount: Mount) -> tuple[int, bool]:
     return found
 
 
-def _paths(linux: Mapping[str, object], key: str, here: Mapping[str, bool], pid: int) -> list[str]:
+def _paths(linux: Mapping[str, object], key: str, here: Collection[str], pid: int) -> list[str]:
     """Paths of a list of the spec that are there and no mounts of their own."""
     paths = [clean(str(path)) for path in as_list(linux.get(key), f"linux.{key}")]
     # Whether it is there is seen from outside, where a link could lead elsewhere: that costs a look inside, and nothing else.
     return [path for path in paths if path not in here and os.path.lexists(f"/proc/{pid}/root{path}")]
 
 
-def _points(pid: int) -> dict[str, bool]:
-    """Mount points of the container, and whether what is mounted there takes part in the propagation of mounts."""
-    found: dict[str, bool] = {}
+def _points(pid: int) -> dict[str, frozenset[str]]:
+    """Mount points of the container, with `shared` and `master` where what is mounted there is that."""
+    points: dict[str, frozenset[str]] = {}
     for line in Path(f"/proc/{pid}/mountinfo").read_text(errors="surrogateescape").split("\n"):
         words = line.partition(" - ")[0].split(" ")
         if len(words) > 5:
-            found[unescape(words[4])] = any(word.startswith(("shared:", "master:")) for word in words[6:])
-    return found
+            points[unescape(words[4])] = frozenset(word.partition(":")[0] for word in words[6:]) & {"shared", "master"}
+    return points
 
 
 def _mounted(proc: int) -> dict[int, str]:

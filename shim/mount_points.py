@@ -1,6 +1,7 @@
 """Mount points in a container's root: found below it, and made where they are missing, as runtimes do.
 
-Paths are the container's; symbolic links are followed within its root.
+Paths are the container's; symbolic links are followed within its root. Some of this runs in a thread in the container's mount
+namespace, where an import would look into the container: there are none within functions.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from smr.proto.checkpoint import CheckpointConfig
 from smr.proto.mount_list import clean
 from smr.proto.oci import Spec
 from smr.shim import mounts
+from smr.shim.inside import open_in_root
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +56,6 @@ def make_point(root: int, path: str, *, directory: bool, owner: Owner | None = N
 
     `outside`: the host's side of a root that is read-only inside. Raises OSError.
     """
-    from smr.shim.inside import open_in_root
-
     with contextlib.suppress(FileNotFoundError):
         return open_in_root(root, path, os.O_PATH, symlinks=True)
     above, name = posixpath.split(path)
@@ -74,8 +74,6 @@ def make_point(root: int, path: str, *, directory: bool, owner: Owner | None = N
 @contextlib.contextmanager
 def found(root: int, path: str) -> Iterator[int]:
     """An open path of what is at `path` below the directory `root`. Raises OSError."""
-    from smr.shim.inside import open_in_root
-
     fd = open_in_root(root, path, os.O_PATH, symlinks=True)
     try:
         yield fd

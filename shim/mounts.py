@@ -11,10 +11,12 @@ are the node's: what is missing of them is found elsewhere on the node (smr.shim
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import posixpath
 import stat
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 from smr.proto.annotations import Annotations
@@ -42,6 +44,18 @@ def asked_mounts(spec: Spec, annotations: Annotations) -> tuple[Mount, ...]:
     }
     own = tuple(mount for mount in spec.mounts if clean(mount.destination) not in named)
     return (*own, *named.values())
+
+
+def by_destination(spec: Spec, annotations: Annotations) -> dict[str, Mount]:
+    """The same by their destinations."""
+    return {clean(mount.destination): mount for mount in asked_mounts(spec, annotations)}
+
+
+def source_below(destination: str, given: Mapping[str, Mount]) -> str:
+    """Where a destination that lies in a recursive bind mount comes from; "" where it lies in none."""
+    above = [one for one, mount in given.items() if destination.startswith(f"{one}/") and "rbind" in mount.options]
+    nearest = max(above, key=len, default="")
+    return posixpath.join(given[nearest].source, posixpath.relpath(destination, nearest)) if nearest else ""
 
 
 def bound_paths(spec: Spec, rootfs: Path, *, but: Collection[str] = ()) -> dict[str, str]:
@@ -75,13 +89,17 @@ def _real(rootfs: Path, destination: str) -> str:
 def check(config: CheckpointConfig, spec: Spec, annotations: Annotations) -> None:
     """Raise MOUNT_MISMATCH for the first mount, source or file that is not as the checkpoint needs it."""
     old = {clean(mount.destination): mount for mount in parse_spec(config.spec).mounts}
-    given = {clean(mount.destination): mount for mount in asked_mounts(spec, annotations)}
+    given = by_destination(spec, annotations)
     external = [clean(destination) for destination in config.external_mounts]
     nodes = of_node(config)
     for destination in external:
         mount = given.get(destination)
         if mount is None and not nodes(destination):
-            raise _missing(destination)
+            below = source_below(destination, given)
+            if not below:
+                raise _missing(destination)
+            if not os.path.exists(below):  # noqa: PTH110
+                raise _no_source(destination, below, annotations)
         if mount is not None and not mount.is_bind:
             raise _changed(destination, "a bind mount", _kind(mount))
     for destination, mount in given.items():
@@ -92,6 +110,20 @@ def check(config: CheckpointConfig, spec: Spec, annotations: Annotations) -> Non
             _check_source(mount, destination, annotations)
     _check_id_mapped(old, given)
     check_held(config.held_files, given, modes="skip-file-rwx-check" not in annotations.criu)
+
+
+@contextlib.contextmanager
+def explained(config: CheckpointConfig, spec: Spec, annotations: Annotations) -> Iterator[None]:
+    """What CRIU fails for, in our words where it is a mount or a file that went or changed since the check."""
+    try:
+        yield
+    except SmrError as error:
+        if error.code is Code.CRIU_FAILED:
+            try:
+                check(config, spec, annotations)
+            except SmrError as cause:
+                raise cause from error
+        raise
 
 
 def of_node(config: CheckpointConfig) -> Callable[[str], bool]:
@@ -129,10 +161,14 @@ def _check_source(mount: Mount, destination: str, annotations: Annotations) -> N
     # A relative source is the bundle's, and the runtime's to find.
     if not mount.source.startswith("/") or os.path.exists(mount.source):  # noqa: PTH110  # one call for each mount
         return
+    raise _no_source(destination, mount.source, annotations)
+
+
+def _no_source(destination: str, source: str, annotations: Annotations) -> SmrError:
     named = f"smr.mounts: {destination}" if destination in annotations.mounts else f"mount {destination}"
-    raise SmrError(
-        f"{named}: its source {mount.source} does not exist on this node",
-        hint=f"make {mount.source}, or name another source with smr.mounts={destination}=SOURCE",
+    return SmrError(
+        f"{named}: its source {source} does not exist on this node",
+        hint=f"make {source}, or name another source with smr.mounts={destination}=SOURCE",
         code=Code.MOUNT_MISMATCH,
         mount=destination,
     )

@@ -47,6 +47,7 @@ from smr.shim import (
     mountinfo,
     mounts,
     namespaces,
+    nested_mounts,
     netns,
     pages,
     pods,
@@ -87,7 +88,7 @@ def restore(call: RuntimeCall, spec: Spec, annotations: Annotations, config: Con
             preflight.compare(image.config, spec, annotations)
             image.check()
             delivery = pages.choose(image, annotations.pages)
-            externals = external_options(image, spec)
+            externals = external_options(image, spec, annotations)
         prefetch = start_prefetch(config, image, state)
         stack.callback(stop_prefetch, prefetch)
         with state.stage("network"):
@@ -104,8 +105,9 @@ def restore(call: RuntimeCall, spec: Spec, annotations: Annotations, config: Con
         if gpu is not None:
             with state.stage("gpu_check"):
                 gpu.check()
-        with state.stage("create"):
-            create(call, image, annotations, delivery.options | externals | labels, tool, state, net)
+        with state.stage("create"), mounts.explained(image.config, spec, annotations):
+            apart = nested_mounts.any_below(spec, annotations)
+            create(call, image, annotations, delivery.options | externals | labels, tool, state, net, apart=apart)
         fit_mounts(state, image, spec, annotations)
         if gpu is not None:
             _judge(state, image, source, annotations)  # what is wrong anyway need not reach a GPU
@@ -145,10 +147,12 @@ def create(
     tool: Criu,
     state: ContainerState,
     net: Network,
+    *,
+    apart: bool,
 ) -> None:
     """The runtime's restore, into the namespace that is ready; the first process is in the record then."""
     with net.in_spec():
-        run_restore(call, image, annotations, options, tool, state)
+        run_restore(call, image, annotations, options, tool, state, apart=apart)
     note_pid(call, state)
     net.hand_over(state.record.pid)
     state.save()

@@ -16,7 +16,7 @@ from smr.proto.annotations import Annotations, Tcp
 from smr.proto.criu_options import OPTIONS
 from smr.proto.errors import Code, SmrError
 from smr.proto.oci import Spec
-from smr.shim import criu, criu_why, procs
+from smr.shim import criu, criu_why, nested_mounts, procs, stdio
 from smr.shim.config import load
 from smr.shim.criu import Criu
 from smr.shim.oci_args import RuntimeCall
@@ -53,19 +53,33 @@ def criu_options(image: Image, annotations: Annotations) -> dict[str, str]:
     return options
 
 
-def external_options(image: Image, spec: Spec) -> dict[str, str]:
-    """What CRIU takes from this node in place of the driver's files of the other. Raises MOUNT_MISMATCH where there is none."""
+def external_options(image: Image, spec: Spec, annotations: Annotations) -> dict[str, str]:
+    """What CRIU takes from this node in place of what lay below sources of mounts, and of the driver's files of the other node.
+
+    Raises MOUNT_MISMATCH where there is none.
+    """
+    below = nested_mounts.restore_externals(image.config, spec, annotations)
     if image.config.gpu is None:
-        return {}
+        return below
     from smr.shim.gpu.device_mounts import restore_externals
 
-    return restore_externals(image.config, spec)
+    return stdio.merged(below, restore_externals(image.config, spec))
 
 
 def run_restore(
-    call: RuntimeCall, image: Image, annotations: Annotations, more: Mapping[str, str], tool: Criu, state: ContainerState
+    call: RuntimeCall,
+    image: Image,
+    annotations: Annotations,
+    more: Mapping[str, str],
+    tool: Criu,
+    state: ContainerState,
+    *,
+    apart: bool = False,
 ) -> None:
-    """Run the real runtime's restore with the caller's stdio, which becomes the container's. `more`: options of CRIU."""
+    """Run the real runtime's restore with the caller's stdio, which becomes the container's. `more`: options of CRIU.
+
+    `apart`: in a mount namespace of its own (smr.shim.nested_mounts).
+    """
     options = {**criu_options(image, annotations), **more}
     state.record.criu_options = tuple(sorted(options))
     state.record.criu_why = criu_why.of_restore(options, image.config, annotations)
@@ -78,7 +92,8 @@ def run_restore(
     argv = _restore_argv(call, state, [*flags, "--manage-cgroups-mode", groups])
     timeout_s = _BASE_TIMEOUT_S + image.size_bytes / _BYTES_PER_S
     # stdio is the container's, so it is inherited; everything else of our environment that the engine set is kept for hooks.
-    process = subprocess.Popen(argv, env={**os.environ, **tool.environment(config_file)})
+    leave = nested_mounts.leave_mounts() if apart else None
+    process = subprocess.Popen(argv, env={**os.environ, **tool.environment(config_file)}, preexec_fn=leave)  # noqa: PLW1509  # two calls of libc
     try:
         status = process.wait(timeout=timeout_s)
     except subprocess.TimeoutExpired as error:

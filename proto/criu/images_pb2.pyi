@@ -207,14 +207,20 @@ class RemapFilePathEntry(_message.Message):
     def __init__(self, orig_id: _Optional[int] = ...) -> None: ...
 
 class MntEntry(_message.Message):
-    __slots__ = ("mnt_id", "mountpoint", "ext_key")
+    __slots__ = ("mnt_id", "mountpoint", "shared_id", "master_id", "ext_mount", "ext_key")
     MNT_ID_FIELD_NUMBER: _ClassVar[int]
     MOUNTPOINT_FIELD_NUMBER: _ClassVar[int]
+    SHARED_ID_FIELD_NUMBER: _ClassVar[int]
+    MASTER_ID_FIELD_NUMBER: _ClassVar[int]
+    EXT_MOUNT_FIELD_NUMBER: _ClassVar[int]
     EXT_KEY_FIELD_NUMBER: _ClassVar[int]
     mnt_id: int
     mountpoint: str
+    shared_id: int
+    master_id: int
+    ext_mount: bool
     ext_key: str
-    def __init__(self, mnt_id: _Optional[int] = ..., mountpoint: _Optional[str] = ..., ext_key: _Optional[str] = ...) -> None: ...
+    def __init__(self, mnt_id: _Optional[int] = ..., mountpoint: _Optional[str] = ..., shared_id: _Optional[int] = ..., master_id: _Optional[int] = ..., ext_mount: _Optional[bool] = ..., ext_key: _Optional[str] = ...) -> None: ...
 
 class InventoryEntry(_message.Message):
     __slots__ = ("tcp_close",)

@@ -20,18 +20,17 @@ import ctypes
 import os
 import re
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from smr.proto.checkpoint import CheckpointConfig
 from smr.proto.errors import Code, SmrError
 from smr.proto.oci import Spec, parse_spec
+from smr.shim.criu import external_mounts
 from smr.shim.gpu.device_nodes import nodes_of
 from smr.shim.mountinfo import unescape
 
-# A configuration file of CRIU's has no way to write these.
-_UNWRITABLE = re.compile(r"[\s#\]\"]")
 _HOST_LIBRARIES = (
     "/usr/lib/x86_64-linux-gnu",
     "/usr/lib/aarch64-linux-gnu",
@@ -129,7 +128,7 @@ def dump_externals(pid: int, spec: Spec) -> dict[str, str]:
     Makes those mounts private in the running container. Raises CHECKPOINT_FAILED when it cannot.
     """
     _make_private(pid, [one.destination for one in nvidia_mounts(pid, spec) if one.external and not one.private])
-    return _option({destination: destination for destination in hook_destinations(pid, spec)})
+    return external_mounts({destination: destination for destination in hook_destinations(pid, spec)})
 
 
 def restore_externals(config: CheckpointConfig, spec: Spec) -> dict[str, str]:
@@ -140,7 +139,7 @@ def restore_externals(config: CheckpointConfig, spec: Spec) -> dict[str, str]:
     old = parse_spec(config.spec)
     given = {mount.destination for mount in spec.mounts if mount.is_bind} | nodes_of(spec).keys()
     wanted = [path for path in (*config.external_mounts, *nodes_of(old)) if path not in given]
-    return _option({path: _source(path, spec) for path in wanted if is_device_mount(path) or path in nodes_of(old)})
+    return external_mounts({path: _source(path, spec) for path in wanted if is_device_mount(path) or path in nodes_of(old)})
 
 
 def check_restored(pid: int, config: CheckpointConfig, spec: Spec) -> None:
@@ -170,18 +169,6 @@ def check_restored(pid: int, config: CheckpointConfig, spec: Spec) -> None:
                 code=Code.RESTORE_FAILED,
                 mount=path,
             )
-
-
-def _option(mapping: Mapping[str, str]) -> dict[str, str]:
-    for path in (*mapping, *mapping.values()):
-        if _UNWRITABLE.search(path):
-            raise SmrError(
-                f"the mount {path!r} cannot be named to CRIU: it has white space, '#', ']' or '\"'",
-                hint="mount it elsewhere",
-                code=Code.UNSUPPORTED,
-            )
-    lines = [f"mnt[{key}]:{value}" for key, value in mapping.items()]
-    return {"external": "\n".join(lines)} if lines else {}
 
 
 def _source(destination: str, spec: Spec) -> str:

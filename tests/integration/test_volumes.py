@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from smr.proto.errors import Code
+from tests.integration.command import run
 from tests.integration.podman import Podman
 from tests.integration.sandbox import Sandbox
 
@@ -117,3 +118,36 @@ def test_a_pods_shared_memory(podman: Podman) -> None:
     assert podman.exec("owner", "cat", "/dev/shm/mine").stdout == "mine\n"
     podman.remove("again")
     podman.remove("owner")
+
+
+def test_what_is_mounted_below_a_volume(podman: Podman, data: Path) -> None:
+    """It comes along, what the new source has more does too, and what is mounted there later where the spec wants it so."""
+    with contextlib.ExitStack() as stack:
+
+        def memory(name: str) -> None:
+            (data / name).mkdir()
+            run(["mount", "-t", "tmpfs", "tmpfs", data / name])
+            stack.callback(run, ["umount", data / name])
+            (data / name / "file").write_text(f"{name}\n")
+
+        stack.callback(podman.remove_all)
+        memory("sub")
+        podman.start("source", options=("-v", f"{data}:/data:rslave"))
+        podman.ready("source")
+        podman.checkpoint("source", "below:1")
+        podman.remove("source")
+        memory("more")
+        wanted = {"smr.restore": "below:1", **FAIL}
+        podman.start("again", options=("-v", f"{data}:/data:rslave"), annotations=wanted)
+        memory("late")
+        read = podman.exec("again", "cat", "/data/sub/file", "/data/more/file", "/data/late/file")
+        assert read.stdout.split() == ["sub", "more", "late"]
+        assert [name for name in ("sub", "more", "late") if (data / name).is_mount()] == ["sub", "more", "late"]
+        podman.remove("again")
+        podman.start("again", options=("-v", f"{data}:/data:rprivate"), annotations=wanted)
+        memory("later")
+        assert podman.exec("again", "ls", "/data/late", "/data/later").stdout.split() == ["/data/late:", "file", "/data/later:"]
+        podman.remove("again")
+        other = data / "in"
+        done = podman.start("again", options=("-v", f"{other}:/data:rslave"), annotations=wanted, check=False)
+        assert f"mount /data/sub: its source {other}/sub does not exist on this node" in done.stderr
