@@ -19,7 +19,7 @@ from smr.proto.oci import Spec, as_list, as_object, parse_spec
 
 if TYPE_CHECKING:
     from smr.images.criu_needs import Needs
-    from smr.images.criu_sockets import SocketFacts
+    from smr.images.socket_move import SocketFacts
 
 _CRIU_HEADER_BYTES = 8
 # enum of CoreEntry.mtype in CRIU's core.proto, named as `uname -m` names them

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
 from smr.images.criu_files import read_messages, write_messages
+from smr.images.socket_move import Move, SocketFacts
 from smr.proto.criu import sockets_pb2
 from smr.proto.errors import Code, SmrError
 
@@ -24,32 +24,6 @@ _INET, _PACKET = 4, 10  # fd_types of fdinfo.proto
 _AF_INET6 = 10
 _TCP, _UDP = 6, 17
 _FILE = "files.img"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SocketFacts:
-    """What sockets of a dump need of their network. `addresses` and `devices` are sorted.
-
-    `addresses` are those other than wildcard, loopback and multicast that sockets without a peer are bound to; `devices` the
-    interfaces that sockets are tied to; `peers` those outside of sockets other than TCP ones; `ipv6` whether any is of IPv6.
-    """
-
-    addresses: tuple[str, ...] = ()
-    devices: tuple[str, ...] = ()
-    peers: tuple[str, ...] = ()
-    ipv6: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Move:
-    """Old to new: addresses, names of interfaces, numbers of interfaces. What is not in it stays."""
-
-    addresses: Mapping[str, str] = field(default_factory=dict)
-    devices: Mapping[str, str] = field(default_factory=dict)
-    indexes: Mapping[int, int] = field(default_factory=dict)
-
-    def __bool__(self) -> bool:
-        return any(old != new for table in (self.addresses, self.devices, self.indexes) for old, new in table.items())
 
 
 def facts(folder: Path, names: Mapping[int, str]) -> SocketFacts:

@@ -10,6 +10,7 @@ Old images know addresses without interfaces: then all of one side count as one 
 
 from __future__ import annotations
 
+import re
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,8 +18,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface, ip_interface
 from pathlib import Path
 
-from smr.images import criu_sockets
-from smr.images.criu_sockets import Move, SocketFacts
+from smr.images.socket_move import Move, SocketFacts
 from smr.proto.annotations import ADDRESSES
 from smr.proto.checkpoint import CheckpointConfig, Interface
 from smr.proto.errors import Code, SmrError
@@ -27,6 +27,14 @@ from smr.shim import interfaces, network
 _NAMELESS = ""
 # How long a link-local address may be on its way: a second for duplicate address detection, and some for the carrier.
 _LINK_LOCAL_S = 3.0
+_BIND_HINTS = (
+    (
+        "already in use",
+        "a process in the same network namespace has it ('ss -ltunp' names it): end that one, or use another network",
+    ),
+    ("Cannot assign", f"the container lacks the address: name its successor with {ADDRESSES}=OLD=NEW"),
+    ("family not supported", "this kernel has no IPv6: boot without ipv6.disable=1, or have the server use IPv4"),
+)
 _Address = IPv4Interface | IPv6Interface
 _Ip = IPv4Address | IPv6Address
 
@@ -51,6 +59,8 @@ def fit_sockets(
 
     Raises NETWORK_FAILED when a socket needs what is not there, IMAGE_CORRUPT when files.img does not parse.
     """
+    from smr.images import criu_sockets
+
     facts = criu_sockets.facts(folder, {one.index: one.name for one in config.interfaces})
     chosen = plan(config, _look(namespace, facts), wanted)
     check(facts, chosen, connected_later=connected_later)
@@ -71,6 +81,19 @@ def _look(namespace: Path | None, facts: SocketFacts) -> tuple[Interface, ...]:
         if not waiting or time.monotonic() > deadline:
             return found
         time.sleep(0.02)
+
+
+def bind_failure(log: str, folder: Path) -> SmrError | None:
+    """What CRIU's log says of a socket that could not be had again, in words of its owner; None when it says nothing of that."""
+    found = re.search(r"Can't (bind) inet socket \(id (\d+)\): (.+)|Can't (create|connect) inet socket[^:]*: (.+)", log)
+    if found is None:
+        return None
+    from smr.images import criu_sockets
+
+    reason = (found[3] or found[5]).strip()
+    what = f"{criu_sockets.at_port(folder, int(found[2]))} of the checkpoint" if found[1] else "a socket of the checkpoint"
+    hint = next((hint for mark, hint in _BIND_HINTS if mark in reason), "")
+    return SmrError(f"{what} cannot be had in this network: {reason}", hint=hint, code=Code.NETWORK_FAILED)
 
 
 class _Connector:

@@ -26,6 +26,7 @@ def compare(config: CheckpointConfig, spec: Spec, annotations: Annotations) -> N
     """Raise the first difference that makes a restore of `config` into a container with `spec` wrong."""
     old = parse_spec(config.spec)
     check_host(config)
+    check_families(config)
     check_terminal(old, spec)
     if annotations.command is Check.CHECK:
         check_command(old, spec)
@@ -50,6 +51,16 @@ def check_host(config: CheckpointConfig) -> None:
             f"this CPU lacks {', '.join(missing)}, which the checkpoint's process may use (made on {config.host.cpu_model})",
             hint="checkpoint on the oldest CPU of the pool",
             code=Code.CPU_MISMATCH,
+        )
+
+
+def check_families(config: CheckpointConfig, proc: Path = Path("/proc")) -> None:
+    """Sockets of IPv6 need a kernel that has it; one where it is only turned off for interfaces (disable_ipv6) will do."""
+    if config.ipv6 and not (proc / "net/if_inet6").exists():
+        raise SmrError(
+            "the checkpoint has sockets of IPv6, this kernel has none",
+            hint="boot without ipv6.disable=1, or checkpoint a server that is told to use IPv4 (0.0.0.0 in place of ::)",
+            code=Code.NETWORK_FAILED,
         )
 
 

@@ -104,12 +104,23 @@ def run_restore(
         ) from error
     if status != 0:
         log = criu.keep_log(state.work_dir / "restore.log", load().log.parent / f"restore-{state.record.id}.log")
+        from smr.shim.addresses import bind_failure
+
+        if (failure := bind_failure(_text(log), state.criu_dir)) is not None:
+            raise failure
         raise SmrError(
             f"{Path(state.record.runtime).name} restore of {image.name} failed with exit status {status}: {criu.quote_log(log)}",
             hint=f"the whole log is {log}",
             code=Code.CRIU_FAILED,
             log=log,
         )
+
+
+def _text(log: Path) -> str:
+    try:
+        return log.read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def _restore_argv(call: RuntimeCall, state: ContainerState, flags: list[str]) -> list[str]:

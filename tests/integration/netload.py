@@ -13,6 +13,7 @@ import selectors
 import socket
 import struct
 import threading
+import time
 
 GROUP = "239.77.1.2"
 PORTS = {
@@ -86,10 +87,21 @@ class Net:
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if device:
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode())
-        opened.bind((address[0], PORTS[label], *address[1:]))
+        self.bind(opened, (address[0], PORTS[label], *address[1:]))
         if kind == socket.SOCK_STREAM:
             opened.listen(8)
         self.sockets[label] = opened
+
+    def bind(self, opened, address):
+        """An IPv6 address cannot be used before it is known that nobody else has it: a second."""
+        deadline = time.monotonic() + 5
+        while True:
+            try:
+                return opened.bind(address)
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(0.05)
 
     def loopback(self):
         """Two connected UDP sockets over lo, which must be up when they are made again."""

@@ -38,6 +38,16 @@ def newest(machine: Machine, lower: Path) -> Runc:
     return Runc(machine.box.base / "net-runc", machine.node("net-runc", machine.runtime("runc-new")), machine.box, lower)
 
 
+@pytest.fixture(params=["runc", "runc-new"])
+def each(request: pytest.FixtureRequest, newest: Runc, machine: Machine, lower: Path) -> Iterator[Runc]:
+    """An old one and a new one."""
+    found = newest
+    if request.param == "runc":
+        found = Runc(machine.box.base / "net-old", machine.node("net-old", machine.runtime("runc")), machine.box, lower)
+    yield found
+    found.remove_all()
+
+
 @pytest.fixture
 def node(newest: Runc) -> Iterator[Runc]:
     """The same; nothing of a test stays."""
@@ -81,9 +91,9 @@ def told(address: str, label: str, *, udp: bool = False, scope: int = 0) -> str:
         return client.recv(64).decode()
 
 
-def test_a_network_that_hooks_connect(restoring_runc: Runc, cni: Network) -> None:
+def test_a_network_that_hooks_connect(each: Runc, cni: Network) -> None:
     """The namespace is connected before CRIU restores sockets: each is bound to the new address, and answers there."""
-    runc = restoring_runc
+    runc = each
     name = checkpointed(runc, cni)
     del_before = cni.calls().count("del again")
     runc.start("again", "net", edit=with_hooks(cni), annotations={"smr.restore": name, **FAIL})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from smr.images.criu_sockets import SocketFacts
+from smr.images.socket_move import SocketFacts
 from smr.proto.checkpoint import CheckpointConfig, Host, Interface, Source
 from smr.proto.errors import Code, SmrError
 from smr.shim import addresses

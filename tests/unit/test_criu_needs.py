@@ -13,6 +13,7 @@ from smr.images import criu_sockets
 from smr.images.criu_files import read_image_file, tasks, without_tcp_close
 from smr.images.criu_needs import needs
 from smr.images.pagemap import read_pagemap, read_vmas
+from smr.images.socket_move import Move
 from smr.proto.annotations import CRIU_OPTIONS, Annotations
 from smr.proto.criu import identity_pb2, images_pb2
 from smr.proto.criu_options import OPTIONS, check_option
@@ -85,7 +86,7 @@ def test_what_was_in_the_tree(plain: Path) -> None:
 READERS: dict[str, tuple[Callable[[Path], object], ...]] = {
     "pstree.img": (needs, tasks),
     "core-1.img": (tasks,),
-    "files.img": (needs, lambda folder: criu_sockets.move(folder, criu_sockets.Move(), lambda *_: True)),
+    "files.img": (needs, lambda folder: criu_sockets.move(folder, Move(), lambda *_: True)),
     "inventory.img": (needs, lambda folder: without_tcp_close(read_image_file(folder / "inventory.img"))),
     "timens-0.img": (clocks.of_dump,),
     "mm-1.img": (lambda folder: read_vmas(folder, 1),),

@@ -10,9 +10,10 @@ import pytest
 
 from smr.images import criu_netns, criu_sockets
 from smr.images.criu_files import read_messages, write_messages
-from smr.images.criu_sockets import Move
+from smr.images.socket_move import Move, SocketFacts
 from smr.proto.criu import sockets_pb2
 from smr.proto.errors import Code, SmrError
+from smr.shim.addresses import bind_failure
 
 MAGIC = struct.pack("<II", 0x54564319, 0x56303138)
 TCP, UDP, LISTEN, CLOSED, ESTABLISHED = 6, 17, 10, 7, 1
@@ -113,7 +114,7 @@ def test_what_sockets_need(tmp_path: Path) -> None:
 
 def test_a_dump_without_files(tmp_path: Path) -> None:
     """No socket, no need."""
-    assert criu_sockets.facts(tmp_path, {}) == criu_sockets.SocketFacts()
+    assert criu_sockets.facts(tmp_path, {}) == SocketFacts()
 
 
 def test_sockets_move(tmp_path: Path) -> None:
@@ -181,6 +182,26 @@ def test_which_socket_an_id_of_criu_is(tmp_path: Path) -> None:
     """CRIU's log names sockets by number only."""
     dump(tmp_path, inet(1, "10.88.0.2"), inet(2, "::", 53, proto=UDP))
     assert [criu_sockets.at_port(tmp_path, number) for number in (1, 2, 3)] == ["TCP 10.88.0.2:80", "UDP [::]:53", ""]
+
+
+@pytest.mark.parametrize(
+    ("line", "message", "hint"),
+    [
+        ("Can't bind inet socket (id 2): Address already in use", "UDP [::]:53 of the checkpoint cannot be had", "ss -ltunp"),
+        ("Can't bind inet socket (id 1): Cannot assign requested address", "TCP 10.88.0.2:80 of the", "smr.addresses"),
+        ("Can't create inet socket: Address family not supported by protocol", "a socket of the checkpoint", "ipv6.disable"),
+        ("Can't connect inet socket back: Network is unreachable", "in this network: Network is unreachable", ""),
+    ],
+)
+def test_what_criu_could_not_bind(tmp_path: Path, line: str, message: str, hint: str) -> None:
+    """Its log has numbers; the error has addresses."""
+    dump(tmp_path, inet(1, "10.88.0.2"), inet(2, "::", 53, proto=UDP))
+    error = bind_failure(f"(00.07)   1: Error (criu/sk-inet.c:1059): inet: {line}\n(00.08) Error: more\n", tmp_path)
+    assert error is not None
+    assert error.code is Code.NETWORK_FAILED
+    assert message in error.message
+    assert hint in error.hint
+    assert bind_failure("(00.07) Error (criu/mount.c:1): no", tmp_path) is None
 
 
 @pytest.mark.parametrize("damage", [b"", MAGIC + b"\xff\xff\xff\x7f", MAGIC + b"\x02\0\0\0\x08"])

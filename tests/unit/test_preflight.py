@@ -144,6 +144,18 @@ def test_who_made_a_network_namespace_is_no_matter(before: str, now: str) -> Non
     compare(spec(namespaces={"network": now}), replace(CONFIG, spec=spec(namespaces={"network": before})))
 
 
+def test_sockets_of_ipv6_need_a_kernel_that_has_it(tmp_path: Path) -> None:
+    """Not a network that has it: what is bound to wildcards asks for no address."""
+    (tmp_path / "net").mkdir()
+    preflight.check_families(CONFIG, tmp_path)
+    with pytest.raises(SmrError) as caught:
+        preflight.check_families(replace(CONFIG, ipv6=True), tmp_path)
+    assert caught.value.code is Code.NETWORK_FAILED
+    assert "ipv6.disable=1" in caught.value.hint
+    (tmp_path / "net/if_inet6").touch()
+    preflight.check_families(replace(CONFIG, ipv6=True), tmp_path)
+
+
 def test_missing_mount() -> None:
     """The destination is named, with both ways to give it."""
     error = failure(spec(mounts=()))
