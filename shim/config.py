@@ -10,6 +10,7 @@ fills = 2                     # restores that fill memory at a time; the others 
 fill_wait_s = 60.0            # how long a restore waits for its turn, and for memory
 restore_attempts = 3          # how often a container of a pod is restored anew after it ended early; then it starts cold
 restore_settled_s = 600.0     # what early means: within so many seconds of its restore
+pod_names_wait_s = 60.0       # how long a pod may take to show the containers that its keys name, before that is told
 image_namespaces = "own"      # own: an image made of a pod is for pods of its Kubernetes namespace; any: for all
 gpu_timeout_s = 0.0           # for each call of the NVIDIA driver; 0: 30 for locks, else 60 and more by the memory in use
 agent_socket = ""             # where `smr agent` is called; empty: agent.sock in the state directory
@@ -61,6 +62,7 @@ _NUMBERS = {
     "fill_wait_s": _Number(least=0, most=86400),
     "restore_attempts": _Number(least=1, most=1000000, whole=True),
     "restore_settled_s": _Number(least=0, most=86400),
+    "pod_names_wait_s": _Number(least=0, most=86400),
     "gpu_timeout_s": _Number(least=0, most=86400),
 }
 _CHOICES = {"image_namespaces": ("own", "any")}
@@ -80,6 +82,7 @@ class Config:
     fill_wait_s: float = 60.0
     restore_attempts: int = 3
     restore_settled_s: float = 600.0
+    pod_names_wait_s: float = 60.0
     image_namespaces: str = "own"
     gpu_timeout_s: float = 0.0
     agent_socket: str = ""

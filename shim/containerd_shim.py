@@ -136,9 +136,14 @@ def make_path_folder(run: Path) -> Path:
 def start_prefetch(config: Config, bundle: Path) -> None:
     """Read ahead what the annotation of the bundle names. Whatever is wrong with it is for `create` to report."""
     try:
-        annotations = parse(load_spec(bundle).annotations)
+        spec = load_spec(bundle)
+        annotations = parse(spec.annotations)
     except SmrError:
         return
+    if annotations is not None and ":" not in annotations.restore:
+        from smr.shim.capture_key import resolved
+
+        annotations = resolved(annotations, spec, bundle, bundle.name, config)
     if annotations is not None:
         start_prefetch_of(config, annotations.restore, "--while", str(bundle))
 

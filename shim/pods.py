@@ -88,7 +88,7 @@ def _count(pod: Pod, image: str, bundle: Path, config: Config) -> None:
             code=Code.RESTORE_GAVE_UP,
         )
     _prune(path.parent)
-    document = {"version": 1, "early": early, "restored": now, "sandbox": str(_sandbox(bundle, pod))}
+    document = {"version": 1, "early": early, "restored": now, "sandbox": str(sandbox_bundle(bundle, pod))}
     with contextlib.suppress(OSError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_atomic(path, json.dumps(document).encode(), durable=False)
@@ -98,7 +98,7 @@ def _path(config: Config, pod: Pod) -> Path:
     return config.run / "pods" / f"{pod.uid.replace('/', '-')}.{pod.container}"
 
 
-def _sandbox(bundle: Path, pod: Pod) -> Path:
+def sandbox_bundle(bundle: Path, pod: Pod) -> Path:
     """The bundle of the pod's sandbox, which lies beside its containers': CRI-O's are folders `userdata`."""
     if bundle.name == "userdata":
         return bundle.parent.with_name(pod.sandbox) / bundle.name

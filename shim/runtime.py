@@ -20,6 +20,7 @@ from typing import NoReturn
 from smr.proto.annotations import RESTORE, Annotations, Fallback, wanted
 from smr.proto.errors import Code, SmrError
 from smr.proto.oci import Spec, as_object, load_spec
+from smr.proto.pod import CONTAINER, NAMED_PREFIX
 from smr.shim import config as settings
 from smr.shim import log, rootless
 from smr.shim.asked import asked
@@ -106,6 +107,10 @@ def _asked(call: RuntimeCall, config: Config, spec: Spec) -> Annotations | None:
     """What the annotations ask for; a wrong one is told, and raised, whatever they say of a fallback."""
     try:
         found = asked(spec)
+        if any(key.startswith(NAMED_PREFIX) or key == CONTAINER for key in spec.annotations):
+            from smr.shim import podnames
+
+            podnames.note(spec, call.bundle, config)
         if found is None or ":" in found.restore:
             return found
         from smr.shim.capture_key import resolved

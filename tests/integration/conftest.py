@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from smr.shim.criu import quote_log
+from smr.shim.register.containerd_dump import version as containerd_version
 from tests.integration import testimage
 from tests.integration.command import eventually, run
 from tests.integration.containerd import Containerd
@@ -225,10 +226,11 @@ def containerd(request: pytest.FixtureRequest) -> Containerd:
 
 
 @contextlib.contextmanager
-def _cri(machine: Machine, version: str, runtime: str, folder: Path | None) -> Iterator[Cri]:
+def _cri(machine: Machine, runtime: str, folder: Path | None) -> Iterator[Cri]:
     program = folder / "containerd" if folder else shutil.which("containerd", path=_plain_path())
     if program is None or not Path(program).exists():
-        pytest.skip(f"no containerd {version}: run dev/provision")
+        pytest.skip(f"no containerd in {folder or 'PATH'}: run dev/provision")
+    version = "{}.{}".format(*containerd_version(Path(program)))
     if missing := [name for name in NEEDED if not (PLUGINS / name).exists()]:
         pytest.skip(f"no CNI plugins {missing} in {PLUGINS}: run dev/provision")
     node = machine.node(f"cri-{version}", machine.runtime(runtime))
@@ -244,14 +246,14 @@ def _cri(machine: Machine, version: str, runtime: str, folder: Path | None) -> I
 @pytest.fixture(scope="session")
 def cri_1(machine: Machine) -> Iterator[Cri]:
     """Kubernetes' side of the distribution's containerd (1.6 in Debian 12)."""
-    with _cri(machine, "1.6", "runc", None) as instance:
+    with _cri(machine, "runc", None) as instance:
         yield instance
 
 
 @pytest.fixture(scope="session")
 def cri_2(machine: Machine) -> Iterator[Cri]:
     """Kubernetes' side of a newer containerd with a newer runc."""
-    with _cri(machine, "2.x", "runc-new", machine.engines / "containerd-new/bin") as instance:
+    with _cri(machine, "runc-new", machine.engines / "containerd-new/bin") as instance:
         yield instance
 
 

@@ -114,7 +114,8 @@ class Containerd:
 
     def ask(self, name: str, path: str = "look", port: int = 8000) -> dict[str, object]:
         """A request to the workload from inside the container."""
-        return json.loads(self.exec(name, "wget", "-q", "-O-", f"http://127.0.0.1:{port}/{path}").stdout)
+        answer: dict[str, object] = json.loads(self.exec(name, "wget", "-q", "-O-", f"http://127.0.0.1:{port}/{path}").stdout)
+        return answer
 
     def ready(self, name: str, port: int = 8000) -> dict[str, object]:
         """Wait until the workload answers."""

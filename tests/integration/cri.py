@@ -22,6 +22,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -147,23 +148,26 @@ class Cri(Containerd):
         form = _V2 if self._major == 1 else _V3
         values = {"pause": pauseimage.NAME, "plugins": PLUGINS, "base": self.path, "key": key, "value": value}
         file.write_text(text + form.format_map(values))
-        site = Site(prefix=self.node.path, criu=self.node.criu, runtime=self.node.runtime, default_runtime=True)
+        # The scripts as they are installed: containerd hands them its own environment.
+        (self.path / "smr").mkdir()
+        (self.path / "smr/bin").symlink_to(self.node.path / "libexec")
+        site = Site(prefix=self.path / "smr", criu=self.node.criu, runtime=self.node.runtime, default_runtime=True)
         by_path = register.uses_runtime_path(version)
         for change in register.plan(site, config=file, major=self._major, by_path=by_path):
             assert isinstance(change, File | Edit), change
             assert change.path == file, change
             file.write_text(change.text)
 
+    def _knows(self, image: str) -> bool:
+        request = pb.ImageStatusRequest(image=pb.ImageSpec(image=image))
+        return bool(self.call("ImageStatus", request, pb.ImageStatusResponse).image.id)
+
     def load(self, engines: Path) -> None:
         """Import the test image and the pause image, and wait until the CRI knows them and the network."""
         super().load(engines)
         self("images", "import", pauseimage.archive(engines, self.path / "pause.tar"))
         for name in (testimage.NAME, pauseimage.NAME):
-            request = pb.ImageStatusRequest(image=pb.ImageSpec(image=name))
-            eventually(
-                lambda request=request: self.call("ImageStatus", request, pb.ImageStatusResponse).image.id,
-                what=f"the CRI knows {name}",
-            )
+            eventually(partial(self._knows, name), what=f"the CRI knows {name}")
         eventually(self.network_ready, what="the CRI is ready")
 
     def network_ready(self) -> bool:

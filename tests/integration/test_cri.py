@@ -139,6 +139,24 @@ def test_two_keys_for_one_container(cri: Cri, image: Image) -> None:
 
 
 @newer
+def test_a_key_that_names_no_container(cri: Cri) -> None:
+    """Told once the pod has had time to show its containers: in the journal, for its events and metrics. The pod is as ever."""
+    with cri.node.setting(pod_names_wait_s=1):
+        pod = cri.run_pod("again", {"smr.restore.serverr": "app:1"})
+        cri.run_container(pod, "server")
+        cri.run_container(pod, "sidecar", "--port", "9000")
+        journal = cri.node.run_dir / "events/journal"
+        said = eventually(lambda: [line for line in journal.read_text().splitlines() if "serverr" in line])
+    assert len(said) == 1
+    event = json.loads(said[0])
+    assert (event["event"], event["code"], event["pod"]["name"]) == ("restore_failed", "annotation_invalid", "again")
+    assert "had no container serverr within 1 s, but server, sidecar" in event["reason"]
+    assert cri.answers(pod)["count"] == 0
+    assert cri.pod_log(pod, "server").startswith("ready ")
+    assert cri.node.records() == {}
+
+
+@newer
 def test_an_image_of_another_namespace(cri: Cri, image: Image) -> None:
     """Memory of one tenant is not another's: the pod starts cold and says so, unless the node's settings share images."""
     pod = cri.run_pod("theirs", {"smr.restore": image.name}, namespace="other", volumes=["data"])
