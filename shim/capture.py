@@ -235,7 +235,8 @@ class _Watch:
         from smr.shim.checkpoint import checkpoint
 
         target = _target(self._job, self._config)
-        name = f"{self._capture.name}:{capture_key.tag(capture_key.facts_of(self._spec, self._config), target.image_digest)}"
+        facts, image = capture_key.facts_of(self._spec, self._config), capture_key.image_of(target.bundle, target.id)
+        name = f"{self._capture.name}:{capture_key.tag(facts, image)}"
         with self._alone(name) as failures:
             digest = _digest(name, self._config)
             if digest and digest != self._job.replaces:

@@ -4,7 +4,8 @@ One annotation serves a deployment across unlike nodes, because each node comput
 
     NAME:kFACTS-DIGEST    FACTS   12 hex digits: command, GPU models and count, driver, CPU features, and the pod's namespace
                                   where images are kept apart by it
-                          DIGEST  12 hex digits of the container image's digest, zeros where it is not known
+                          DIGEST  12 hex digits of the container image's: of its layers (smr.shim.engines.image_layers), or of the
+                                  digest that the engine knows it by; zeros where neither is known
 
 A start knows FACTS by itself. The digest has to be asked of the engine, which takes longer than the rest of the look-up; so that
 is left out where one image only has these FACTS: the restore compares digests anyway, beside its other work.
@@ -26,6 +27,7 @@ from smr.proto.oci import Spec
 from smr.proto.pod import pod_of
 from smr.shim import engines, preflight
 from smr.shim.config import Config
+from smr.shim.engines import image_layers
 
 _VERSION = 1
 _DIGITS = 12
@@ -53,6 +55,11 @@ def digest_of(image_digest: str) -> str:
 def tag(facts: str, image_digest: str) -> str:
     """The tag of both."""
     return f"k{facts}-{digest_of(image_digest)}"
+
+
+def image_of(bundle: Path, container_id: str) -> str:
+    """The digest of a container's image that goes into its tag; asked of its engine."""
+    return image_layers.layers_of_bundle(bundle, container_id) or engines.source_of_bundle(bundle, container_id)[1]
 
 
 def is_key(text: str) -> bool:
@@ -84,7 +91,7 @@ def resolve(annotations: Annotations, spec: Spec, bundle: Path, container_id: st
         return name
     fitting = [one for one in keys if one.startswith(f"k{facts_of(spec, config)}-")]
     if len(fitting) > 1:
-        wanted = digest_of(engines.source_of_bundle(bundle, container_id)[1])
+        wanted = digest_of(image_of(bundle, container_id))
         fitting = [one for one in fitting if one.endswith(wanted)]
     return f"{name}:{fitting[0]}" if fitting else name
 

@@ -165,8 +165,8 @@ def test_the_application_of_a_pod_is_captured(cri: Cri) -> None:
 @newer
 def test_where_nothing_tells_which_container_is_meant(cri: Cri) -> None:
     """Two containers and a mere time: neither is captured, and the reason says what to write. A name decides."""
-    keys = {"smr.capture": "which", "smr.capture.after": "1"}
-    pod = cri.run_pod("two", keys)
+    keys = {"smr.capture": "which"}
+    pod = cri.run_pod("two", {**keys, "smr.capture.after": "5"})
     cri.run_container(pod, "server")
     cri.run_container(pod, "sidecar", "--port", "9000")
     assert "sidecar run in it too" in gave_up(cri, pod)

@@ -160,7 +160,7 @@ def test_the_engine_is_asked_where_several_container_images_have_the_facts(
     mine = capture_key.facts_of(spec({}), Config())
     tags += [f"k{mine}-111111111111", f"k{mine}-222222222222"]
     digest = "sha256:222222222222" + "f" * 52
-    monkeypatch.setattr(capture_key.engines, "source_of_bundle", lambda bundle, container: ("app", digest))
+    monkeypatch.setattr(capture_key, "image_of", lambda bundle, container: digest)
     assert resolve("llama") == f"llama:k{mine}-222222222222"
     assert capture_key.tag(mine, digest) == f"k{mine}-222222222222"
     assert capture_key.tag(mine, "") == f"k{mine}-000000000000"
