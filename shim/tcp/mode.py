@@ -7,16 +7,20 @@ are CRIU's, all or none of them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from smr.images.image import Image
-from smr.proto.annotations import Annotations, Tcp
+from smr.proto.annotations import Annotations, Fallback, Tcp
 from smr.proto.checkpoint import CheckpointConfig
 from smr.proto.errors import Code, SmrError
 from smr.proto.oci import Spec
 from smr.shim import network
 from smr.shim.state import ContainerState
+
+if TYPE_CHECKING:
+    from smr.images.connections import Connection
 
 
 def choose(config: CheckpointConfig, spec: Spec, asked: Tcp) -> Tcp:
@@ -58,19 +62,32 @@ def held(image: Image, spec: Spec, annotations: Annotations, state: ContainerSta
         yield lambda _: None
         return
     from smr.images.connections import read_connections
-    from smr.shim.tcp import lock, revive
+    from smr.shim.tcp import revive
 
     found, chosen = read_connections(image), annotations.tcp
     with revive.stand_in(found, chosen, spec) as places:
 
         def act(pid: int) -> None:
             outcome = revive.revive(found, pid, chosen, lambda: _moves(image.config, pid, annotations), places)
-            if facts.saved:  # also where they were not wanted: their other ends are to learn of that
-                lock.unlock((one for one in found if one.stream is not None and not one.inner), run)
+            _unlock(found, run)  # also those that are not wanted: their other ends are to learn of that
             state.record.tcp = outcome.as_dict()
             state.record.warnings += outcome.warnings
 
-        yield act
+        try:
+            yield act
+        except BaseException:
+            # What fails may be tried again, but a container that starts cold knows nothing of them.
+            if annotations.fallback is Fallback.COLD:
+                _unlock(found, run)
+            raise
+
+
+def _unlock(found: Sequence[Connection], run: Path) -> None:
+    saved = [one for one in found if one.stream is not None and not one.inner]
+    if saved:
+        from smr.shim.tcp import lock
+
+        lock.unlock(saved, run)
 
 
 def _moves(config: CheckpointConfig, pid: int, annotations: Annotations) -> Mapping[str, str]:

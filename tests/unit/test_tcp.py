@@ -12,13 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from smr.images import connections
 from smr.images.connections import FILE, Connection, Stream, parse_connections, plain, write_connections
-from smr.proto.annotations import Tcp
+from smr.proto.annotations import Annotations, Fallback, Tcp
 from smr.proto.checkpoint import CheckpointConfig, Connections
 from smr.proto.errors import Code, SmrError
 from smr.proto.oci import Spec, parse_spec
 from smr.shim.procs import Process
-from smr.shim.tcp import mode, revive, table
+from smr.shim.tcp import lock, mode, revive, table
 from tests.unit.test_preflight import CONFIG
 
 STREAM = Stream(
@@ -96,12 +97,12 @@ def test_a_peer_that_was_closed(look: Look) -> None:
 def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, queues: list[tuple[bytes, bytes, bool]]) -> None:
     """Connections with a stream and without, and their queues."""
     folder = tmp_path_factory.mktemp("criu")
-    connections = tuple(
+    some = tuple(
         replace(ONE, fd=number, stream=replace(STREAM, received=received, queued=queued) if saved else None)
         for number, (received, queued, saved) in enumerate(queues)
     )
-    write_connections(folder, connections)
-    assert parse_connections((folder / FILE).read_bytes()) == connections
+    write_connections(folder, some)
+    assert parse_connections((folder / FILE).read_bytes()) == some
 
 
 @pytest.mark.parametrize(
@@ -189,6 +190,39 @@ def test_ends_as_packets_have_them() -> None:
     """IPv4 in IPv6 is IPv4, and a scope is no part of an address."""
     assert plain(("::ffff:10.0.0.5", 80, 0)) == ("10.0.0.5", 80)
     assert plain(("fe80::1%eth0", 80, 2)) == ("fe80::1", 80)
+
+
+@pytest.mark.parametrize(("fallback", "released"), [(Fallback.COLD, [7]), (Fallback.FAIL, [])])
+def test_packets_are_held_for_another_try(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fallback: Fallback, released: list[int]
+) -> None:
+    """A restore that fails may be tried again; a container that starts cold must not have its clients wait for nothing."""
+    unlocked: list[int] = []
+    monkeypatch.setattr(connections, "read_connections", lambda _: (replace(ONE, stream=STREAM), replace(ONE, fd=8)))
+    monkeypatch.setattr(lock, "unlock", lambda found, _: unlocked.extend(one.fd for one in found))
+    image = type("FakeImage", (), {"config": SAVED})
+    asked = Annotations(restore="a", fallback=fallback)
+    with pytest.raises(OSError, match="CRIU"), mode.held(image, OWN, asked, None, tmp_path):  # type: ignore[arg-type]
+        raise OSError("CRIU")
+    assert unlocked == released
+
+
+def test_elements_of_the_lock() -> None:
+    """As packets of the other end have their addresses and ports; each family has its set."""
+    six = replace(ONE, local=("fd00::5", 80, 0), remote=("fd00::9", 4000, 0))
+    mapped = replace(ONE, local=("::ffff:10.0.0.5", 80, 0), remote=("::ffff:10.0.0.9", 4001, 0))
+    assert lock._elements([ONE, six, mapped]) == {
+        "held4": ["10.0.0.9 . 4000 . 10.0.0.5 . 80", "10.0.0.9 . 4001 . 10.0.0.5 . 80"],
+        "held6": ["fd00::9 . 4000 . fd00::5 . 80"],
+    }
+
+
+def test_a_node_without_nft(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing can be held there, which is said; nothing is run."""
+    monkeypatch.setattr(lock.shutil, "which", lambda _: None)
+    assert "nft" in lock.lock([ONE], tmp_path)
+    lock.unlock([ONE], tmp_path)
+    assert lock.lock([], tmp_path) == ""
 
 
 def test_where_inner_connections_go() -> None:
