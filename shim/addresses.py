@@ -25,6 +25,8 @@ from smr.proto.errors import Code, SmrError
 from smr.shim import interfaces, network
 
 _NAMELESS = ""
+# The first interface of every namespace; images of others name none.
+_LOOPBACK = {1: "lo"}
 # How long a link-local address may be on its way: a second for duplicate address detection, and some for the carrier.
 _LINK_LOCAL_S = 3.0
 _BIND_HINTS = (
@@ -61,7 +63,7 @@ def fit_sockets(
     """
     from smr.images import criu_sockets
 
-    facts = criu_sockets.facts(folder, {one.index: one.name for one in config.interfaces})
+    facts = criu_sockets.facts(folder, _LOOPBACK | {one.index: one.name for one in config.interfaces})
     chosen = plan(config, _look(namespace, facts), wanted)
     check(facts, chosen, connected_later=connected_later)
     moved = criu_sockets.move(folder, chosen.move, _Connector(chosen, namespace))
