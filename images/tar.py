@@ -239,5 +239,4 @@ def _block(
 ) -> bytes:
     head = b"%s%07o\0%07o\0%07o\0%011o\0%011o\0" % (name[:100].ljust(100, b"\0"), mode, uid, gid, size, mtime)
     tail = b"%s%sustar\x0000%s%07o\0%07o\0" % (flag, link[:100].ljust(100, b"\0"), bytes(64), *device)
-    block = (head + b" " * 8 + tail).ljust(BLOCK, b"\0")
-    return head + b"%06o\0 " % sum(block) + block[156:]
+    return head + b"%06o\0 " % (sum(head) + 8 * 32 + sum(tail)) + tail.ljust(BLOCK - 156, b"\0")

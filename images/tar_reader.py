@@ -17,6 +17,7 @@ from smr.proto.errors import Code, SmrError
 
 _COPY_BYTES = 1 << 20
 _MAX_PADDING_BYTES = 64 << 20
+_XATTR = XATTR_PREFIX.encode()
 _IGNORED = frozenset({b"V"})  # GNU volume labels
 _KINDS = {kind.value: kind for kind in Kind} | {b"\0": Kind.FILE, b"7": Kind.FILE}
 
@@ -180,13 +181,9 @@ class TarReader:
             size=size,
             mtime_ns=self._time(pax[b"mtime"]) if b"mtime" in pax else self._number(block[136:148], signed=True) * 10**9,
             link=self._text(pax.get(b"linkpath") or block[157:257].split(b"\0", 1)[0]),
-            xattrs={
-                self._text(key.removeprefix(XATTR_PREFIX.encode())): value
-                for key, value in pax.items()
-                if key.startswith(XATTR_PREFIX.encode())
-            },
+            xattrs={self._text(key.removeprefix(_XATTR)): value for key, value in pax.items() if key.startswith(_XATTR)},
             segments=segments,
-            device=(self._number(block[329:337]), self._number(block[337:345])),
+            device=(self._number(block[329:337]), self._number(block[337:345])) if kind in (Kind.CHAR, Kind.BLOCK) else (0, 0),
         )
 
     def _sparse(self, pax: dict[bytes, bytes], stored: int) -> tuple[int, Segments]:
@@ -255,10 +252,13 @@ class TarReader:
             self._unsafe(f"a name has {len(name)} bytes, at most {self._limits.name_bytes} are taken")
 
     def _check_sum(self, block: bytes) -> None:
-        if self._number(block[148:156]) != sum(block[:148]) + 8 * 32 + sum(block[156:]):
+        if self._number(block[148:156]) != sum(block) - sum(block[148:156]) + 8 * 32:
             self._invalid("the check sum of a header is wrong")
 
     def _number(self, raw: bytes, *, signed: bool = False) -> int:
+        digits = raw.rstrip(b"\0 ")
+        if digits.isdigit() and b"8" not in digits and b"9" not in digits:  # as nearly all are
+            return int(digits, 8)
         if raw[0] & 0x80:
             value = int.from_bytes(raw, "big", signed=True) if raw[0] == 0xFF else int.from_bytes(raw[1:], "big")
             if value < 0 and not signed:

@@ -6,7 +6,7 @@ Both run as `python3 -c PROGRAM` in the test image, which has Debian's Python.
 from __future__ import annotations
 
 CHANGE = r"""
-import os, shutil, socket
+import os, shutil, socket, stat
 lib = "/usr/lib/python3.11/"
 open("/etc/marker", "w").write("changed by the container\n")
 os.unlink("/etc/group")
@@ -52,6 +52,11 @@ open(b"/data/deep/not-utf8-\xff\xfe", "w").write("raw")
 os.makedirs("/data/many")
 for number in range(300):
     open(f"/data/many/{number}", "w").write(str(number))
+for name, kind, device in (("null", stat.S_IFCHR, (1, 3)), ("disk", stat.S_IFBLK, (8, 0))):
+    try:
+        os.mknod("/data/" + name, kind | 0o666, os.makedev(*device))
+    except PermissionError:
+        pass
 os.utime("/data", ns=(5, 10**18 + 5))
 """
 
@@ -68,6 +73,8 @@ for top in ("/etc", "/usr", "/data", "/var", "/app"):
             content = None
             if stat.S_ISLNK(status.st_mode):
                 content = os.readlink(path)
+            elif stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode):
+                content = [os.major(status.st_rdev), os.minor(status.st_rdev)]
             elif stat.S_ISREG(status.st_mode):
                 content = [status.st_size]
                 if status.st_size < 4 << 20:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -15,6 +16,8 @@ import pytest
 
 from smr.images.layer import apply_layer, diff_overlay, pack_tree, undo_from, unpack_tree
 from smr.images.undo import Layers
+from smr.proto.oci import parse_spec
+from smr.shim.rootfs import Root, overlay_of
 
 pytestmark = pytest.mark.engine
 
@@ -358,3 +361,33 @@ def test_a_copy_of_a_copy(make: Make, disk: Path) -> None:
     assert view(second.merged)["opt/app/lib/code.py"] == view(first.merged)["opt/app/lib/code.py"]
     undo_from(disk / "undo", second.merged)
     assert view(second.merged) == before
+
+
+def test_what_is_written_and_not_yet_closed_on_fuse(disk: Path) -> None:
+    """The kernel keeps what was written through FUSE until it is told: a layer has it all the same, and named marks count."""
+    program = shutil.which("fuse-overlayfs")
+    if program is None or not Path("/dev/fuse").exists():
+        pytest.skip("no fuse-overlayfs, or no /dev/fuse")
+    for name in ("lower/old", "upper", "work", "merged"):
+        (disk / name).mkdir(parents=True)
+    (disk / "lower/gone").touch()
+    (disk / "lower/old/inside").touch()
+    (disk / "upper/.wh.gone").touch()  # as it marks removed files where it may not make devices
+    options = f"lowerdir={disk}/lower,upperdir={disk}/upper,workdir={disk}/work"
+    subprocess.run([program, "-o", options, disk / "merged"], check=True, stderr=subprocess.DEVNULL)
+    try:
+        overlay = overlay_of(disk / "merged")
+        assert overlay is not None
+        assert (overlay.upper, overlay.lowers, overlay.fuse) == (disk / "upper", (disk / "lower",), True)
+        subprocess.run(["rm", "-r", disk / "merged/old"], check=True)
+        (disk / "merged/old").mkdir()
+        with (disk / "merged/open").open("wb", buffering=0) as file:
+            file.write(b"not closed")
+            Root(path=disk / "merged", overlay=overlay).capture(disk / "layer.tar", parse_spec({}))
+    finally:
+        subprocess.run(["umount", disk / "merged"], check=True)
+    target = disk / "target"
+    subprocess.run(["cp", "-a", disk / "lower", target], check=True)
+    apply_layer(disk / "layer.tar", target, disk / "undo").commit()
+    assert sorted(path.name for path in target.rglob("*")) == ["old", "open"]
+    assert (target / "open").read_bytes() == b"not closed"

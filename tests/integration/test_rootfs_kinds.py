@@ -123,6 +123,7 @@ def test_podmans_other_storage(other_podman: Podman) -> None:
     podman.exec("source", "python3", "-c", CHANGE)
     podman.checkpoint("source", "other:1")
     before, count = look(podman, "source"), podman.ask("source", "count")
+    before.pop("/data/disk", None)  # a device which the container may make and not use
     podman.remove("source")
     podman.start("again", *features, annotations={"smr.restore": "other:1", **FAIL})
     assert podman.ask("again", "count")["boot"] == count["boot"]
@@ -153,6 +154,7 @@ def test_containerds_native_snapshotter(containerd_2: Containerd) -> None:
     engine.checkpoint("source", "native:1")
     # containerd's copies do not keep the times of directories.
     before, count = without_times(look(engine, "source"), directories=True), engine.ask("source", "count")
+    before.pop("/data/disk", None)
     assert "smr-base" not in engine("snapshots", *native, "ls").stdout
     engine.remove("source")
     engine.start("again", "workers", "file", options=native, annotations={"smr.restore": "native:1", **FAIL})
@@ -184,8 +186,11 @@ def test_a_plain_directory(directories: Runc) -> None:
     runc.ready("source")
     runc.exec("source", "python3", "-c", CHANGE)
     done = runc.checkpoint("source", "plain:1", "--json")
-    assert "nobody knows what the root" in " ".join(json.loads(done.stdout)["warnings"])
+    warnings = " ".join(json.loads(done.stdout)["warnings"])
+    assert "nobody knows what the root" in warnings
+    assert "device nodes that the container may not use are not in the image: 1 " in warnings
     before, count = look(runc, "source"), runc.ask("source", "count")
+    assert (before["/data/null"][4], before.pop("/data/disk")[4]) == ([1, 3], [8, 0])
     runc.remove("source")
     copy(runc, "again", *features, annotations={"smr.restore": "plain:1", **FAIL})
     assert runc.ask("again", "count")["boot"] == count["boot"]
@@ -205,7 +210,7 @@ def copy(runc: Runc, name: str, *workload: str, annotations: Mapping[str, str] |
         process = spec["process"]
         assert isinstance(process, dict)
         kinds = ("bounding", "effective", "permitted", "inheritable")
-        rights = [f"CAP_{name}" for name in ("CHOWN", "FOWNER", "FSETID", "SETFCAP", "DAC_OVERRIDE", "KILL")]
+        rights = [f"CAP_{name}" for name in ("CHOWN", "FOWNER", "FSETID", "SETFCAP", "DAC_OVERRIDE", "KILL", "MKNOD")]
         process["capabilities"] = dict.fromkeys(kinds, rights)
         folder = runc.path / name
         run(["umount", folder / "rootfs"])
@@ -252,3 +257,34 @@ def with_one_file_more(engines: Path, folder: Path, name: str) -> Path:
     diff_id = testimage._pack(tree, folder / "layer.tar.gz")
     testimage._write_oci(folder / "image.tar", folder / "layer.tar.gz", diff_id, name)
     return folder / "image.tar"
+
+
+def test_podmans_rootfs_option(podman: Podman, lower: Path) -> None:
+    """`podman run --rootfs DIRECTORY`: what was changed since the container was created, also in an earlier run of it."""
+    made = []
+
+    def start(name: str, *options: str) -> None:
+        folder = podman.path / f"root-{name}"
+        run(["cp", "-a", lower, folder])
+        made.append(folder)
+        words = (f"--name={name}", f"--cgroup-parent={podman.parent}", *podman.network, *options, "--rootfs", folder)
+        podman("run", "-d", *words, "python3", "/app/workload.py", "workers")
+
+    try:
+        start("source", "--env=PATH=/usr/bin:/bin")
+        podman.ready("source")
+        podman.exec("source", "touch", "/data/early")
+        podman("restart", "-t", "0", "source")
+        podman.ready("source")
+        podman.exec("source", "touch", "/data/late")
+        boot = podman.ask("source", "count")["boot"]
+        podman.checkpoint("source", "option:1")
+        podman.remove("source")
+        start("again", "--env=PATH=/usr/bin:/bin", "--annotation=smr.restore=option:1", "--annotation=smr.fallback=fail")
+        assert podman.ask("again", "count") == {"count": 2, "boot": boot}
+        assert {path.name for path in (made[1] / "data").iterdir()} == {"early", "late"}
+        assert not {"app/workload.py", "usr/bin/python3.11"} & set(layer_of(podman.node, "option:1"))
+    finally:
+        podman.remove_all()
+        for folder in made:
+            shutil.rmtree(folder)
