@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from google.protobuf.message import Message
 
-from smr.images.criu_files import read_messages
+from smr.images.criu_files import read_messages, write_messages
 from smr.proto.checkpoint import HeldFile
 from smr.proto.criu import images_pb2
 
@@ -53,7 +53,19 @@ def _held(file: images_pb2.RegFileEntry, destination: str, point: str, holder: s
         size_bytes=file.size if file.HasField("size") else -1,
         writable=bool(file.flags & _WRITE),
         holder=holder,
+        file=file.id,
     )
+
+
+def rename(folder: Path, names: Mapping[int, tuple[str, str]]) -> None:
+    """Give files of the dump in `folder`, by their ids, another end of their path: (old, new)."""
+    path = folder / "files.img"
+    entries = list(read_messages(path, images_pb2.FileEntry))
+    for entry in entries:
+        if entry.type == _REG and entry.id in names:
+            old, new = names[entry.id]
+            entry.reg.name = entry.reg.name.removesuffix(old) + new
+    write_messages(path, path.read_bytes()[:8], entries)
 
 
 def _external(folder: Path, destinations: Mapping[str, str]) -> dict[int, tuple[str, str]]:

@@ -90,7 +90,8 @@ class Task:
 class HeldFile:
     """A file on an external mount that a process had open: `path` below the mount's destination, "" for the mount itself.
 
-    `mode` is st_mode. `size_bytes` is -1 where any size will do. `holder` says in words who has it, and how.
+    `mode` is st_mode. `size_bytes` is -1 where any size will do. `holder` says in words who has it, and how. `file` is its id
+    among CRIU's files.
     """
 
     mount: str
@@ -99,6 +100,7 @@ class HeldFile:
     size_bytes: int = -1
     writable: bool = False
     holder: str = ""
+    file: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

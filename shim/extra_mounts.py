@@ -243,6 +243,8 @@ def _made_tmpfs(mount: Mount, work: _Work) -> int:
     made = mount_calls.make_tmpfs(options)
     if "tmpcopyup" in mount.options:
         _copy_up(work, clean(mount.destination), made)
+        if mode := options.get("mode"):
+            os.chmod(f"/proc/self/fd/{made}", int(mode, 8))  # noqa: PTH101  # what was copied has brought its own
     return made
 
 

@@ -17,6 +17,7 @@ import os
 import posixpath
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from smr.proto.annotations import Annotations
@@ -186,15 +187,24 @@ def _check_id_mapped(old: Mapping[str, Mount], given: Mapping[str, Mount]) -> No
             )
 
 
-def check_held(files: tuple[HeldFile, ...], given: Mapping[str, Mount], *, modes: bool) -> None:
+def fit_files(config: CheckpointConfig, spec: Spec, annotations: Annotations, folder: Path) -> None:
+    """Give files of CRIU's images in `folder` the names that they have in this container's projected volumes."""
+    if any(_is_projected(file.path) for file in config.held_files):
+        moved = check_held(config.held_files, by_destination(spec, annotations), modes=False)
+        if moved:
+            from smr.images.held_files import rename
+
+            rename(folder, moved)
+
+
+def check_held(files: tuple[HeldFile, ...], given: Mapping[str, Mount], *, modes: bool) -> dict[int, tuple[str, str]]:
     """Raise MOUNT_MISMATCH for the first file that CRIU would refuse, or not find. `given`: mounts by destination.
 
-    `modes`: permissions count.
+    `modes`: permissions count. Returns old and new path of files of projected volumes, by their ids.
     """
-    from contextlib import ExitStack
-
     roots: dict[str, int] = {}
-    with ExitStack() as stack:
+    moved: dict[int, tuple[str, str]] = {}
+    with contextlib.ExitStack() as stack:
         for file in files:
             mount = given.get(clean(file.mount))
             if mount is None or not mount.is_bind or not mount.source.startswith("/"):
@@ -203,7 +213,10 @@ def check_held(files: tuple[HeldFile, ...], given: Mapping[str, Mount], *, modes
                 fd = _opened(mount.source)
                 stack.callback(os.close, fd)
                 roots[mount.source] = fd
-            _check_file(file, mount.source, roots[mount.source], modes=modes)
+            now = _check_file(file, mount.source, roots[mount.source], modes=modes)
+            if now != file.path:
+                moved[file.file] = (file.path, now)
+    return moved
 
 
 def _opened(source: str) -> int:
@@ -215,14 +228,43 @@ def _opened(source: str) -> int:
         ) from error
 
 
-def _check_file(file: HeldFile, source: str, root: int, *, modes: bool) -> None:
-    found = _status(root, file.path)
+def _check_file(file: HeldFile, source: str, root: int, *, modes: bool) -> str:
+    """The path that the file has now."""
+    path, found = file.path, _status(root, file.path)
+    if found == errno.ENOENT and _is_projected(path):
+        path = _projected(root, path)
+        found = _status(root, path)
     if isinstance(found, os.stat_result):
         if difference := _difference(file, found, modes=modes):
-            raise _differs(file, source, difference)
+            raise _differs(replace(file, path=path), source, difference)
     elif found in {errno.ENOENT, errno.ENOTDIR}:
         raise _differs(file, source, "is missing")
     # Whatever else keeps us from looking, such as a symbolic link on the way, is CRIU's to judge.
+    return path
+
+
+def _is_projected(path: str) -> bool:
+    """Whether a path leads through the folder of one version of a config map or secret, such as ..2024_05_01_12_00_00.1"""
+    return any(part.startswith("..") and part != ".." for part in path.split("/"))
+
+
+def _projected(root: int, path: str) -> str:
+    """The same file in the version that there is now, which the link ..data beside it names; `path` where there is none."""
+    from smr.shim.inside import open_in_root
+
+    parts = path.split("/")
+    place = next(number for number, part in enumerate(parts) if part.startswith("..") and part != "..")
+    try:
+        folder = open_in_root(root, "/".join(parts[:place]) or ".", os.O_PATH | os.O_DIRECTORY)
+    except OSError:
+        return path
+    try:
+        now = os.readlink("..data", dir_fd=folder)
+    except OSError:
+        return path
+    finally:
+        os.close(folder)
+    return "/".join([*parts[:place], now, *parts[place + 1 :]]) if "/" not in now else path
 
 
 def _status(root: int, path: str) -> os.stat_result | int:

@@ -300,6 +300,7 @@ def rewrite(
         # CRIU names the namespace that it joins: a pod's, which others are in.
         criu_uts.set_hostname(state.criu_dir, namespaces.hostname_of(Path(uts)))
     net.fit_images(image, annotations)
+    mounts.fit_files(image.config, spec, annotations, state.criu_dir)
     options = stdio.fit(image.config, spec, state.criu_dir)
     if "user" in spec.namespaces:
         userns.adapt(state.criu_dir, old, spec)

@@ -151,3 +151,47 @@ def test_what_is_mounted_below_a_volume(podman: Podman, data: Path) -> None:
         other = data / "in"
         done = podman.start("again", options=("-v", f"{other}:/data:rslave"), annotations=wanted, check=False)
         assert f"mount /data/sub: its source {other}/sub does not exist on this node" in done.stderr
+
+
+def test_a_projected_volume(podman: Podman, data: Path) -> None:
+    """Versions of a config map are folders that a link names: a file that is open in one is found in another container's."""
+
+    def version(folder: str, content: str) -> None:
+        (data / folder).mkdir()
+        (data / folder / "key").write_text(content)
+        (data / "..tmp").symlink_to(folder)
+        (data / "..tmp").rename(data / "..data")
+
+    (data / "key").symlink_to("..data/key")
+    version("..2024_05_01", "one")
+    podman.start("source", options=("-v", f"{data}:/config:ro"))
+    podman.ready("source")
+    holding(podman, "source", "3</config/key")
+    podman.checkpoint("source", "projected:1")
+    podman.remove("source")
+    version("..2025_06_02", "two")
+    shutil.rmtree(data / "..2024_05_01")
+    wanted = {"smr.restore": "projected:1", **FAIL}
+    podman.start("again", options=("-v", f"{data}:/config:ro"), annotations=wanted)
+    read = podman.exec("again", "sh", "-c", "for pid in /proc/[0-9]*; do readlink $pid/fd/3; done", check=False)
+    assert "/config/..2025_06_02/key" in read.stdout.split()
+    podman.remove("again")
+    version("..2025_07_03", "longer")
+    shutil.rmtree(data / "..2025_06_02")
+    done = podman.start("again", options=("-v", f"{data}:/config:ro"), annotations=wanted, check=False)
+    assert "has 6 bytes, and had 3 at the checkpoint" in done.stderr
+
+
+def test_a_new_mount_in_a_user_namespace(podman: Podman, data: Path) -> None:
+    """It is given there too; a tmpfs belongs to the container's root, and has what the root had there."""
+    users = ("--uidmap=0:200000:65536", "--gidmap=0:200000:65536")
+    data.chmod(0o755)
+    podman.start("source", options=users)
+    podman.ready("source")
+    podman.checkpoint("source", "users:1")
+    podman.remove("source")
+    options = (*users, "-v", f"{data}:/new/data:ro", "--tmpfs", "/etc:mode=750")
+    podman.start("again", options=options, annotations={"smr.restore": "users:1", **FAIL})
+    assert podman.exec("again", "cat", "/new/data/in/held", "/etc/marker").stdout == "abcfrom the image\n"
+    assert podman.exec("again", "stat", "-c", "%u %g %a", "/etc").stdout == "0 0 750\n"
+    assert "ead-only" in podman.exec("again", "touch", "/new/data/x", check=False).stderr

@@ -67,7 +67,7 @@ CONFIG = CheckpointConfig(
     ),
     hooks=Hooks(quiesce="vllm", resume="vllm", timeout_s=30.0),
     stdio=(Stdio(fd=1, kind="pipe", file=7),),
-    held_files=(HeldFile(mount="/data", path="log", mode=0o100644, size_bytes=7, writable=True, holder="serve (pid 1)"),),
+    held_files=(HeldFile(mount="/data", path="log", mode=0o100644, size_bytes=7, writable=True, holder="serve (pid 1)", file=7),),
 )
 
 

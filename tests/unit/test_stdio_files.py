@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import struct
+import termios
 from pathlib import Path
 
 import pytest
 
 from smr.images.criu_files import read_messages, write_messages
-from smr.images.held_files import held_files
+from smr.images.held_files import held_files, rename
 from smr.images.stdio_files import reroute, stdio_of
 from smr.proto.checkpoint import CheckpointConfig, HeldFile, Host, Source, Stdio
 from smr.proto.criu import images_pb2 as pb
@@ -139,8 +141,34 @@ def test_what_is_held(dump: Path) -> None:
     """Files of external mounts, by destination and path, with the first who has them; nothing that is unlinked or of the root."""
     found = held_files(dump, {"/data": "/data", "/link": "/link", "/real": "/link"})
     assert found == (
-        HeldFile(mount="/data", path="", mode=0o40755, writable=True, holder="db (pid 8), working directory"),
-        HeldFile(mount="/data", path="in/log", mode=0o100600, size_bytes=12, writable=True, holder="db (pid 8), descriptor 6"),
-        HeldFile(mount="/link", path="x", mode=0o100600, writable=True, holder="db (pid 8), mapped at 0x1000"),
+        HeldFile(mount="/data", path="", mode=0o40755, writable=True, holder="db (pid 8), working directory", file=5),
+        HeldFile(
+            mount="/data", path="in/log", mode=0o100600, size_bytes=12, writable=True, holder="db (pid 8), descriptor 6", file=4
+        ),
+        HeldFile(mount="/link", path="x", mode=0o100600, writable=True, holder="db (pid 8), mapped at 0x1000", file=7),
     )
     assert held_files(dump, {"/other": "/other"}) == ()
+
+
+def test_another_name(dump: Path) -> None:
+    """The end of a path is replaced, for the files that are named."""
+    rename(dump, {4: ("in/log", "in/other")})
+    names = {entry.id: entry.reg.name for entry in read_messages(dump / "files.img", pb.FileEntry) if entry.type == REG}
+    assert (names[4], names[5]) == ("/data/in/other", "/data")
+
+
+@pytest.mark.parametrize(
+    ("size", "found"),
+    [({"height": 40, "width": 132}, (132, 40)), ({"height": 0, "width": 0}, (80, 24)), (None, (80, 24)), ("large", (80, 24))],
+)
+def test_the_size_that_a_spec_has(monkeypatch: pytest.MonkeyPatch, size: object, found: tuple[int, int]) -> None:
+    """The terminal gets it; without one it keeps its own."""
+    ours, theirs = os.openpty()
+    try:
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        monkeypatch.setattr(stdio.os, "open", lambda *_: os.dup(theirs))
+        stdio.size_terminal(1, parse_spec({"process": {"terminal": True, "consoleSize": size}}))
+        assert tuple(os.get_terminal_size(ours)) == found
+    finally:
+        os.close(ours)
+        os.close(theirs)
