@@ -5,8 +5,8 @@
 
 Whoever checkpoints or restores a container writes, whether an agent runs or not; so the agent counts what happened while it was
 down. The journal lies on a tmpfs and is bounded: at MOST_BYTES it takes the place of the one before. Writers exclude each other
-by a flock of the journal, and an entry is one write, taken back when it was not whole. A reader takes no lock: it remembers which
-journal it has read and how far, so that nothing is missed unless the journal turns twice meanwhile. Standard library only.
+by a flock of the journal, and an entry is one write, taken back when it was not whole. smr.shim.agent.reader reads. This is in a
+restore's path: standard library only, and little of it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -28,7 +27,6 @@ from smr.shim.log import canonical_line
 
 MOST_BYTES = 1 << 20
 _REASON_CHARACTERS = 1024
-_FIRST_LINE_BYTES = 256
 _ENTRY_CHARACTERS = 32 << 10
 # What is kept of an entry that is longer.
 _LEAST = frozenset({"time", "event", "container", "image", "digest", "code", "reason", "pod", "busy_s", "pause_s"})
@@ -104,80 +102,3 @@ def _is(path: Path, fd: int) -> bool:
         return os.path.samestat(path.stat(), os.fstat(fd))
     except FileNotFoundError:
         return False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Position:
-    """How far a reader is: `offset` bytes into the journal of that name; no name: at the beginning of what there is."""
-
-    journal: str = ""
-    offset: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class News:
-    """Events since a position, oldest first, and where the next are; `lost` when the journal turned twice in between."""
-
-    events: tuple[Mapping[str, object], ...]
-    position: Position
-    lost: bool = False
-
-
-def read(run: Path, since: Position) -> News:
-    """What the journal has after `since`."""
-    folder = journal_dir(run)
-    while True:
-        new = _part(folder / "journal", since)
-        if new is not None and new.name == since.journal:
-            parts = [new]
-            break
-        old = _part(folder / "journal.1", since)
-        parts = [part for part in (old, new) if part is not None]
-        if len({part.name for part in parts}) == len(parts):
-            break  # else it turned between the two reads
-    if old_at := [number for number, part in enumerate(parts) if part.name == since.journal]:
-        parts = parts[old_at[0] :]
-    lost = bool(parts and since.journal) and parts[0].name != since.journal
-    events = tuple(entry for part in parts for entry in _events(part.content))
-    position = Position(journal=parts[-1].name, offset=parts[-1].end) if parts else since
-    return News(events=events, position=position, lost=lost)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Part:
-    """What a journal has beyond a position, or after its first line when the position is in another; whole lines, up to `end`."""
-
-    name: str
-    content: bytes
-    end: int
-
-
-def _part(path: Path, since: Position) -> _Part | None:
-    """None when there is no journal, or when its first line is not written yet."""
-    try:
-        with path.open("rb") as file:
-            first = file.readline(_FIRST_LINE_BYTES)
-            name = _name(first)
-            if not name:
-                return None
-            begin = since.offset if name == since.journal else len(first)
-            file.seek(begin)
-            content = file.read()
-    except OSError:
-        return None
-    whole = content[: content.rfind(b"\n") + 1]
-    return _Part(name=name, content=whole, end=begin + len(whole))
-
-
-def _name(first: bytes) -> str:
-    with contextlib.suppress(ValueError):
-        if first.endswith(b"\n") and isinstance(document := json.loads(first), dict):
-            return str(document.get("journal", ""))
-    return ""
-
-
-def _events(content: bytes) -> Iterator[Mapping[str, object]]:
-    for line in content.splitlines():
-        with contextlib.suppress(ValueError):
-            if isinstance(entry := json.loads(line), dict):
-                yield entry

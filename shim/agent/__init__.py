@@ -5,6 +5,7 @@
     work.py         a program: one prefetch, pin or checkpoint, in a process of its own
     workers.py      runs it, and hears what it says
     watch.py        inotify on the journal of events (smr.shim.events)
+    reader.py       reads it
     journal.py      what the journal says, told to metrics, watchers and Kubernetes, once
     totals.py       what was counted, and its file
     metrics.py      the same for Prometheus, with what is looked up at each scrape

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from smr.shim.agent import totals
+from smr.shim.agent.reader import Position, read
 from smr.shim.agent.watch import Watch
-from smr.shim.events import Position, journal_dir, read
+from smr.shim.events import journal_dir
 
 Event = Mapping[str, object]
 _WAITING_MOST = 1000

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from smr.shim.events import Position
+from smr.shim.agent.reader import Position
 from smr.shim.files import write_atomic
 
 VERSION = 1

@@ -25,11 +25,12 @@ from smr.shim.agent import health, kubernetes, totals, web
 from smr.shim.agent.journal import Follower
 from smr.shim.agent.main import options_of
 from smr.shim.agent.metrics import METRICS, Metrics
+from smr.shim.agent.reader import Position
 from smr.shim.agent.service import Service, event_of, grpc_status, list_images
 from smr.shim.agent.totals import BUCKETS, Totals
 from smr.shim.agent.workers import Workers
 from smr.shim.config import Config
-from smr.shim.events import Position, note
+from smr.shim.events import note
 from tests.store_support import commit, rewrite_blob
 
 ROOT = Path(__file__).parents[2]

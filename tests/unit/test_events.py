@@ -10,8 +10,9 @@ import pytest
 
 from smr.proto.errors import Code, SmrError
 from smr.shim import events
+from smr.shim.agent.reader import News, Position, read
 from smr.shim.config import Config
-from smr.shim.events import MOST_BYTES, Position, emit, emit_failure, note, pod_facts, read
+from smr.shim.events import MOST_BYTES, emit, emit_failure, note, pod_facts
 
 CRI = {
     "io.kubernetes.cri.container-type": "container",
@@ -28,7 +29,7 @@ def config(tmp_path: Path) -> Config:
     return Config(run=tmp_path / "run", log=tmp_path / "smr.log")
 
 
-def numbers(found: events.News) -> list[object]:
+def numbers(found: News) -> list[object]:
     """The member `n` of each event."""
     return [event["n"] for event in found.events]
 
@@ -47,7 +48,7 @@ def test_each_event_is_read_once(config: Config) -> None:
 
 def test_no_journal_is_no_news(config: Config) -> None:
     """Nothing happened yet."""
-    assert read(config.run, Position()) == events.News(events=(), position=Position())
+    assert read(config.run, Position()) == News(events=(), position=Position())
 
 
 def test_the_journal_is_bounded_and_a_turn_is_not_missed(config: Config) -> None:
