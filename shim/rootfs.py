@@ -149,7 +149,7 @@ def _overlay(options: list[tuple[str, str]], *, fuse: bool = False) -> OverlayMo
 
 
 def _fuse_overlay(mount: MountEntry) -> OverlayMount | None:
-    """mountinfo has no directories of a FUSE mount; its server's command line has: `fuse-overlayfs -o lowerdir=...,... POINT`."""
+    """mountinfo has no directories of a FUSE mount; its server's command line has, in the order of podman or of mount(8)."""
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
@@ -157,8 +157,9 @@ def _fuse_overlay(mount: MountEntry) -> OverlayMount | None:
             words = [os.fsdecode(word) for word in (entry / "cmdline").read_bytes().split(b"\0")[:-1]]
         except OSError:
             continue
-        if len(words) > 2 and Path(words[0]).name == _FUSE and str(Path(words[-1])) == mount.point:
+        if words and Path(words[0]).name == _FUSE and mount.point in (str(Path(word)) for word in words[1:]):
             given = [word for before, word in itertools.pairwise(words) if before == "-o"]
+            given += [word.removeprefix("-o") for word in words if word.startswith("-o") and word != "-o"]
             pairs = (option.partition("=") for options in given for option in re.split(r"(?<!\\),", options))
             return _overlay([(key, value) for key, _, value in pairs], fuse=True)
     return None

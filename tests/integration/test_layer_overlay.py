@@ -374,7 +374,7 @@ def test_what_is_written_and_not_yet_closed_on_fuse(disk: Path) -> None:
     (disk / "lower/old/inside").touch()
     (disk / "upper/.wh.gone").touch()  # as it marks removed files where it may not make devices
     options = f"lowerdir={disk}/lower,upperdir={disk}/upper,workdir={disk}/work"
-    subprocess.run([program, "-o", options, disk / "merged"], check=True, stderr=subprocess.DEVNULL)
+    subprocess.run([program, disk / "merged", f"-o{options}"], check=True, stderr=subprocess.DEVNULL)
     try:
         overlay = overlay_of(disk / "merged")
         assert overlay is not None
