@@ -135,6 +135,25 @@ def test_a_hook_that_fails(node: Runc, image: str, cni: Network) -> None:
     assert "netns" not in (node.path / "again/config.json").read_text()
 
 
+def test_a_hook_of_the_containers_mounts(node: Runc, image: str, cni: Network) -> None:
+    """A hook that mounts is run again by the runtime, with the container's own process."""
+    calls = node.path.with_name("mount-calls")
+    pid = """pid=$(sed 's/.*"pid": *\\([0-9]*\\).*/\\1/')"""
+    mount = "mount --make-rprivate / && mount -t tmpfs smr-hook-test /mnt"
+    script = f"{pid}; nsenter --mount=/proc/$pid/ns/mnt sh -c '{mount}' && echo $pid >>{calls}"
+
+    def edit(spec: dict[str, object]) -> None:
+        with_hooks(cni)(spec)
+        mounting = {"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"]}
+        spec["hooks"]["createRuntime"].append(mounting)  # type: ignore[index]
+
+    node.start("again", "net", edit=edit, annotations={"smr.restore": image, **FAIL})
+    assert node.ask("again", "net")["sockets"]["own4"][0] in cni.leases()
+    assert len(set(calls.read_text().split())) == 2
+    assert "smr-hook-test" not in Path("/proc/self/mountinfo").read_text()
+    assert cni.calls().count("add again") == cni.calls().count("del again") + 1
+
+
 def test_a_restore_that_fails_after_hooks(node: Runc, image: str, cni: Network) -> None:
     """The cold start finds the network as it was before: the hooks are undone, and run again by the runtime."""
     annotations = {"smr.restore": image, "smr.addresses": "eth0=eth7"}
@@ -193,3 +212,25 @@ def test_nobody_connects_it(node: Runc, image: str) -> None:
     assert done.returncode != 0
     assert "which this container does not have (it has none)" in done.stdout
     assert "its engine connects this network after create" in done.stdout
+
+
+def test_lo_in_a_user_namespace(node: Runc) -> None:
+    """There only CRIU can make the network's namespace: `lo` is up in it before sockets of loopback are bound."""
+
+    def edit(spec: dict[str, object]) -> None:
+        linux = spec["linux"]
+        linux["namespaces"].append({"type": "user"})  # type: ignore[index]
+        linux["uidMappings"] = linux["gidMappings"] = [{"containerID": 0, "hostID": 200000, "size": 65536}]  # type: ignore[index]
+        spec["mounts"] = [mount for mount in spec["mounts"] if mount["type"] not in {"sysfs", "cgroup"}]  # type: ignore[attr-defined]
+
+    node.path.chmod(0o755)
+    started = node.start("source", "net", edit=edit, check=False)
+    if started.returncode != 0:
+        pytest.skip(f"no container in a user namespace here: {started.stderr.strip()}")
+    node.ready("source")
+    node.checkpoint("source", "late:1")
+    node.remove("source")
+    node.start("again", "net", edit=edit, annotations={"smr.restore": "late:1", **FAIL})
+    found = node.ask("again", "net")
+    assert found["lo"] == "over lo"
+    assert {"lo4", "dual"} <= set(found["sockets"])
