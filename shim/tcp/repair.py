@@ -174,7 +174,7 @@ def build(sock: socket.socket, local: End, remote: End, state: int, stream: Stre
     if stream.options & _HAS_SACK:
         options.append((_OPTION_SACK, 0))
     if stream.options & _HAS_SCALE:
-        options.append((_OPTION_SCALE, stream.send_scale | stream.receive_scale << 16))
+        options.append((_OPTION_SCALE, stream.send_scale & 0xFFFF | (stream.receive_scale & 0xFFFF) << 16))
     if stream.options & _HAS_TIMESTAMPS:
         options.append((_OPTION_TIMESTAMPS, 0))
     sock.setsockopt(socket.IPPROTO_TCP, _REPAIR_OPTIONS, b"".join(struct.pack("=II", *pair) for pair in options))
@@ -186,7 +186,7 @@ def build(sock: socket.socket, local: End, remote: End, state: int, stream: Stre
     sock.setsockopt(socket.IPPROTO_TCP, _REPAIR_QUEUE, _NO_QUEUE)
     first, wanted, largest, receive, up_to = stream.window
     if state in ENDED:  # the FIN, which is not there yet, had taken one
-        receive, up_to = receive + 1, (up_to - 1) & 0xFFFFFFFF
+        receive, up_to = (receive + 1) & 0xFFFFFFFF, (up_to - 1) & 0xFFFFFFFF
     sock.setsockopt(socket.IPPROTO_TCP, _REPAIR_WINDOW, struct.pack("=5I", first, wanted, largest, receive, up_to))
 
 

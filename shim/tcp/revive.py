@@ -70,36 +70,37 @@ Places = dict[tuple[End, End], socket.socket]
 def stand_in(connections: Sequence[Connection], mode: Tcp, spec: Spec) -> Iterator[Places]:
     """Deaf sockets in place of outer connections in the new container's namespace, by their ends.
 
-       None where that is yet to be made.
-    Raises NETWORK_FAILED where a connection is in use there already.
+    None where that is yet to be made. Raises NETWORK_FAILED where a connection is in use there already.
     """
     places: Places = {}
     with contextlib.ExitStack() as stack:
         outer = [one for one in connections if not one.inner and one.stream is not None]
         path = spec.namespaces.get("network", "/proc/self/ns/net")
         if mode is Tcp.ESTABLISHED and outer and path:
-            made = network.in_namespace(Path(path), lambda: [(one, stack.enter_context(_deaf(one))) for one in outer])
-            places = {(one.local, one.remote): sock for one, sock in made}
+            problem = network.in_namespace(Path(path), lambda: _deaf(outer, places, stack))
+            if problem is not None:
+                raise problem
         yield places
 
 
-def _deaf(one: Connection) -> socket.socket:
-    assert one.stream is not None
-    sock = socket.socket(one.family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        repair.deafen(sock)
-        repair.repair_on(sock)
-        bare = replace(one.stream, received=b"", queued=b"", unsent=0)
-        repair.build(sock, one.local, one.remote, table.ESTABLISHED, bare)
-    except OSError as error:
-        sock.close()
-        raise SmrError(
-            f"the connection from {one.remote[0]} port {one.remote[1]} to {one.local[0]} port {one.local[1]} cannot be had here:"
-            f" {error.strerror}",
-            hint="the container that was checkpointed must be gone: smr checkpoint --stop; or set smr.tcp=close",
-            code=Code.NETWORK_FAILED,
-        ) from error
-    return sock
+def _deaf(outer: Sequence[Connection], places: Places, stack: contextlib.ExitStack) -> SmrError | None:
+    """Fill `places` in this thread's namespace; returns what is in the way."""
+    for one in outer:
+        assert one.stream is not None
+        sock = stack.enter_context(socket.socket(one.family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC))
+        try:
+            repair.deafen(sock)
+            repair.repair_on(sock)
+            repair.build(sock, one.local, one.remote, one.state, replace(one.stream, received=b"", queued=b"", unsent=0))
+        except OSError as error:
+            return SmrError(
+                f"the connection from {one.remote[0]} port {one.remote[1]} to {one.local[0]} port {one.local[1]} cannot be had"
+                f" here: {error.strerror}",
+                hint="the container that was checkpointed must be gone: smr checkpoint --stop; or set smr.tcp=close",
+                code=Code.NETWORK_FAILED,
+            )
+        places[one.local, one.remote] = sock
+    return None
 
 
 def revive(

@@ -8,6 +8,7 @@ It answers HTTP on port 8000 as workload.py does:
     /inner         every kind that must work as if nothing had happened: "ok" or what is wrong
     /outer         what each of those that wait on a connection to the outside has seen: "waiting", or how it ended
     /hold/KIND     holds a socket that cannot be dumped (REFUSED); /drop closes it
+    /half          reads the connection `half` to its end, answers there, and closes it
     /send/TEXT     TEXT to the outside on the connection `talk`; answers what came back
 
 Port 8001 takes connections and never accepts them; port 8002 accepts and echoes.
@@ -451,6 +452,8 @@ class Outer:
             self.waiters[name] = Waiter(how, sock)
         self.talk = socket.create_connection(address)
         self.talk.sendall(b"talk".ljust(16))
+        self.half = socket.create_connection(address)
+        self.half.sendall(b"half".ljust(16))
         attempt = socket.socket()
         attempt.setblocking(False)
         attempt.connect_ex((address[0], address[1] + 1))
@@ -458,6 +461,16 @@ class Outer:
 
     def look(self):
         return {name: waiter.seen for name, waiter in self.waiters.items()}
+
+    def read_half(self):
+        """All that the other end said before it shut down, then an answer."""
+        read = b""
+        self.half.settimeout(10)
+        while part := self.half.recv(100):
+            read += part
+        self.half.sendall(b"answer")
+        self.half.close()
+        return read.decode()
 
     def send(self, text):
         try:
@@ -529,6 +542,8 @@ def route(state, name, argument):
         return check(state["inner"])
     if name == "outer":
         return state["outer"].look()
+    if name == "half":
+        return {"read": state["outer"].read_half()}
     if name == "send":
         return {"answer": state["outer"].send(argument)}
     if name == "hold":

@@ -101,7 +101,7 @@ def test_close_keeps_what_is_inside_and_resets_the_rest(podman: Podman, outside:
     zoo(podman, "source", outside)
     podman.ready("source")
     address = podman.address("source")
-    eventually(lambda: set(outside.peers) == WAITERS | {"talk"}, what="the container is connected")
+    eventually(lambda: set(outside.peers) == WAITERS | {"talk", "half"}, what="the container is connected")
     with (
         socket.create_connection((address, 8001)),  # never accepted
         socket.create_connection((address, 8002)) as client,
@@ -131,12 +131,15 @@ def test_established_connections_move_with_their_address(podman: Podman, outside
     zoo(podman, "source", outside)
     podman.ready("source")
     address = podman.address("source")
-    eventually(lambda: set(outside.peers) == WAITERS | {"talk"}, what="the container is connected")
+    eventually(lambda: set(outside.peers) == WAITERS | {"talk", "half"}, what="the container is connected")
     client = socket.create_connection((address, 8002))
     client.settimeout(60)
     with client:
         client.sendall(b"before")
         assert client.recv(99) == b"before"
+        half = outside.peers["half"]
+        half.sendall(b"last words")
+        half.shutdown(socket.SHUT_WR)
         done = podman.checkpoint("source", "moving:1", "--tcp", "established", "--stop")
         assert "warning" not in done.stderr
         client.sendall(b"while it is away")
@@ -150,6 +153,9 @@ def test_established_connections_move_with_their_address(podman: Podman, outside
         client.sendall(b"after")
         assert client.recv(99) == b"after"
     ok(podman.ask("again", "inner"))
+    assert podman.ask("again", "half")["read"] == "last words"
+    half.settimeout(60)
+    assert half.recv(99) == b"answer"
     talk = outside.peers["talk"]
     talk.settimeout(60)
     outside.peers["read"].sendall(b"hello")
