@@ -31,13 +31,14 @@ from smr.proto.annotations import Tcp
 from smr.proto.capture import Capture, parse_capture
 from smr.proto.errors import Code, SmrError
 from smr.proto.oci import Spec, load_spec
-from smr.proto.pod import Pod, pod_of
+from smr.proto.pod import pod_of
 from smr.shim import config as settings
-from smr.shim import readiness
+from smr.shim import procs, readiness
 from smr.shim.config import Config
 from smr.shim.engines import runtime_state
 from smr.shim.events import emit_failure
 from smr.shim.log import canonical_line
+from smr.shim.pods import siblings
 from smr.shim.real_runtime import real_runtime
 from smr.shim.state import GoneError, Record, Status, find
 
@@ -154,10 +155,13 @@ class _Watch:
             self._await_ready()
             self._choose()
         except SmrError as error:
+            self._tell(error, self._capture.name)
             self._note(f"gave up: {error}")
-            emit_failure(self._config, "checkpoint_failed", self._job.id, self._spec.annotations, error, self._capture.name)
             raise
         self._make()
+
+    def _tell(self, error: SmrError, image: str) -> None:
+        emit_failure(self._config, "checkpoint_failed", self._job.id, self._spec.annotations, error, image)
 
     def _started(self) -> int:
         """Host pid of the container's init, once the container runs."""
@@ -219,7 +223,7 @@ class _Watch:
         if not self._capture.sole or self._pod is None:
             return
         port = readiness.port_of(self._capture.ready)
-        others = () if port else siblings(Path(self._job.bundle), self._pod, self._job)
+        others = () if port else siblings(Path(self._job.bundle), self._pod, self._job.runtime, self._job.root)
         if others or not readiness.listens(self._pid, port):
             what = f"it does not listen on port {port}" if port else "it listens on no TCP port, as an application would"
             found = f"{', '.join(others)} run in it too" if others else what
@@ -248,12 +252,18 @@ class _Watch:
                 reason = f"captures failed {MOST_FAILURES} times: see those"
                 canonical_line(self._config.log, "capture_skipped", container=self._job.id, image=name, reason=reason)
                 return
+            try:
+                check_room(self._config, self._pid)
+            except SmrError as error:
+                self._tell(error, name)
+                self._note(f"gave up: {error}")
+                raise
             self._note(f"makes {name}")
             try:
                 checkpoint(target, name, self._config, tcp=Tcp.CLOSE, stop=False)
             except SmrError as error:
                 self._note(f"failed: {error}")
-                failures(1)
+                failures(error.code is not Code.DISK_FULL)
                 raise
             self._note(f"made {name}")
 
@@ -299,6 +309,32 @@ class _Watch:
                 state.save()
 
 
+def check_room(config: Config, pid: int) -> None:
+    """Raise DISK_FULL where the memory of the container would take what has to stay free of the store's disk.
+
+    A kubelet evicts pods when little is left, so a capture must not be what fills the disk.
+    """
+    if not config.capture_free_share:
+        return
+    needed = sum(_resident_bytes(process.pid) for process in procs.tree(pid))
+    place = next(path for path in (config.store, *config.store.parents) if path.exists())
+    disk = os.statvfs(place)
+    free, kept = disk.f_bavail * disk.f_frsize, int(disk.f_blocks * disk.f_frsize * config.capture_free_share)
+    if free < needed + kept:
+        raise SmrError(
+            f"a capture of {needed >> 20} MiB would leave less than {kept >> 20} MiB free of the disk of {config.store}, "
+            f"which has {free >> 20} MiB",
+            hint="remove images ('smr images ls'), or see capture_free_share in /etc/smr/smr.toml",
+            code=Code.DISK_FULL,
+        )
+
+
+def _resident_bytes(pid: int) -> int:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
 class _Count:
     """Failures, as a number in a file that is locked: call it for their number, with a number to add."""
 
@@ -311,23 +347,6 @@ class _Count:
         if more:
             os.pwrite(self._fd, b"%d" % count, 0)
         return count
-
-
-def siblings(bundle: Path, pod: Pod, job: Job) -> tuple[str, ...]:
-    """Names of the other containers of the pod that run now; their bundles lie beside this one's."""
-    found = []
-    inner = Path(bundle.name) if bundle.name == "userdata" else Path()
-    folder = bundle.parent.parent if bundle.name == "userdata" else bundle.parent
-    for other in folder.iterdir():
-        with contextlib.suppress(SmrError):
-            if (other / inner).samefile(bundle) or not (other / inner / "config.json").exists():
-                continue
-            theirs = pod_of(load_spec(other / inner).annotations)
-            if theirs is None or theirs.sandbox != pod.sandbox:
-                continue
-            if runtime_state.query(job.runtime, job.root, other.name).status != "stopped":
-                found.append(theirs.container)
-    return tuple(sorted(found))
 
 
 def _target(job: Job, config: Config) -> Target:

@@ -11,6 +11,7 @@ fill_wait_s = 60.0            # how long a restore waits for its turn, and for m
 restore_attempts = 3          # how often a container of a pod is restored anew after it ended early; then it starts cold
 restore_settled_s = 600.0     # what early means: within so many seconds of its restore
 pod_names_wait_s = 60.0       # how long a pod may take to show the containers that its keys name, before that is told
+capture_free_share = 0.15     # of the store's disk, what a capture leaves free; 0: that is not looked at
 image_namespaces = "own"      # own: an image made of a pod is for pods of its Kubernetes namespace; any: for all
 gpu_timeout_s = 0.0           # for each call of the NVIDIA driver; 0: 30 for locks, else 60 and more by the memory in use
 agent_socket = ""             # where `smr agent` is called; empty: agent.sock in the state directory
@@ -62,6 +63,7 @@ _NUMBERS = {
     "fill_wait_s": _Number(least=0, most=86400),
     "restore_attempts": _Number(least=1, most=1000000, whole=True),
     "restore_settled_s": _Number(least=0, most=86400),
+    "capture_free_share": _Number(least=0, most=1),
     "pod_names_wait_s": _Number(least=0, most=86400),
     "gpu_timeout_s": _Number(least=0, most=86400),
 }
@@ -83,6 +85,7 @@ class Config:
     restore_attempts: int = 3
     restore_settled_s: float = 600.0
     pod_names_wait_s: float = 60.0
+    capture_free_share: float = 0.15
     image_namespaces: str = "own"
     gpu_timeout_s: float = 0.0
     agent_socket: str = ""

@@ -18,7 +18,7 @@ from pathlib import Path
 from smr.proto.annotations import Annotations, Check
 from smr.proto.checkpoint import CheckpointConfig
 from smr.proto.errors import Code, SmrError
-from smr.proto.oci import Spec, parse_spec
+from smr.proto.oci import Spec, load_spec, parse_spec
 from smr.proto.pod import Pod, pod_of
 from smr.shim.config import Config
 from smr.shim.files import write_atomic
@@ -92,6 +92,25 @@ def _count(pod: Pod, image: str, bundle: Path, config: Config) -> None:
     with contextlib.suppress(OSError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_atomic(path, json.dumps(document).encode(), durable=False)
+
+
+def siblings(bundle: Path, pod: Pod, runtime: str, root: str) -> tuple[str, ...]:
+    """Names of the other containers of the pod that run now; their bundles lie beside this one's."""
+    from smr.shim.engines import runtime_state
+
+    found = []
+    inner = Path(bundle.name) if bundle.name == "userdata" else Path()
+    folder = bundle.parent.parent if bundle.name == "userdata" else bundle.parent
+    for other in folder.iterdir():
+        with contextlib.suppress(SmrError):
+            if (other / inner).samefile(bundle) or not (other / inner / "config.json").exists():
+                continue
+            theirs = pod_of(load_spec(other / inner).annotations)
+            if theirs is None or theirs.sandbox != pod.sandbox:
+                continue
+            if runtime_state.query(runtime, root, other.name).status != "stopped":
+                found.append(theirs.container)
+    return tuple(sorted(found))
 
 
 def _path(config: Config, pod: Pod) -> Path:

@@ -37,6 +37,7 @@ class Node:
             "TMPDIR": str(path.parent / "tmp"),
         }
         self._toml: dict[str, object] = {"store": self.store, "criu": criu, "runtime": runtime, "log": self.log}
+        self._toml["capture_free_share"] = 0  # however full this machine's disk is
         self._write_settings(self._toml)
         self.env: dict[str, str] = {
             **{key: value for key, value in os.environ.items() if not key.startswith(("SMR_", "CONTAINER"))},

@@ -16,7 +16,7 @@ from tests.integration.command import eventually
 from tests.integration.cri import EXITED, RUNNING, TOKEN_FOLDER, Cri, CriError, Pod, fetch
 
 FAIL = {"smr.fallback": "fail"}
-IN_A_ROW, AT_ONCE = 6, 3
+AT_ONCE = 3
 # What depends on us alone need not be shown with each containerd.
 newer = pytest.mark.parametrize("cri", ["cri_2"], indirect=True)
 _images: dict[str, Image] = {}
@@ -207,9 +207,10 @@ def test_a_restarted_container_restores_again_until_it_gives_up(cri: Cri, image:
     assert "was restored 3 times" in cold(cri, pod)
 
 
-def test_pods_in_a_row_and_at_once(cri: Cri, image: Image) -> None:
+@pytest.mark.parametrize(("cri", "in_a_row"), [("cri_1", 2), ("cri_2", 6)], indirect=["cri"])
+def test_pods_in_a_row_and_at_once(cri: Cri, image: Image, in_a_row: int) -> None:
     """Every one serves the checkpoint's state on an address of its own, and nothing of any of them is left."""
-    for number in range(IN_A_ROW):
+    for number in range(in_a_row):
         pod = restored(cri, image, f"row-{number}")
         assert cri.probe(pod, "count") == {"count": image.count + 1, "boot": image.boot}
         cri.remove_pod(pod)

@@ -80,7 +80,7 @@ def test_unlike_key_lists_the_known_ones(tmp_path: Path) -> None:
     """Without a close match."""
     assert failure(tmp_path, '[smr]\nzzz = "/x"\n').hint == (
         "known: store, criu, runtime, log, cache_share, fills, fill_wait_s, restore_attempts, restore_settled_s, "
-        "pod_names_wait_s, image_namespaces, gpu_timeout_s, agent_socket, agent_listen, agent_events"
+        "pod_names_wait_s, capture_free_share, image_namespaces, gpu_timeout_s, agent_socket, agent_listen, agent_events"
     )
 
 
