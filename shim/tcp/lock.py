@@ -48,7 +48,7 @@ def lock(connections: Iterable[Connection], folder: Path) -> str:
         return "this node has no nft"
     try:
         with _alone(folder):
-            _nft(_TABLE + "".join(f"add element inet smr {name} {{ {', '.join(some)} }}\n" for name, some in wanted.items()))
+            _nft(_TABLE + "".join(f"add {elements}" for elements in _sets(wanted).values()))
     except SmrError as error:
         return error.message
     return ""
@@ -62,12 +62,15 @@ def unlock(connections: Iterable[Connection], folder: Path) -> None:
     with _alone(folder), contextlib.suppress(SmrError):
         if "table inet smr\n" not in _nft("list tables\n"):
             return
-        for name, some in wanted.items():
-            for one in some:
-                with contextlib.suppress(SmrError):  # it was never there, or its time was up
-                    _nft(f"delete element inet smr {name} {{ {one} }}\n")
+        # One that was never there, or whose time was up, cannot be deleted; one that was just added can.
+        _nft("".join(f"{verb} {elements}" for verb in ("add", "delete") for elements in _sets(wanted).values()))
         if "elements = " not in _nft("list table inet smr\n"):
             _nft("delete table inet smr\n")
+
+
+def _sets(wanted: dict[str, Sequence[str]]) -> dict[str, str]:
+    """What follows a verb, by set."""
+    return {name: f"element inet smr {name} {{ {', '.join(sorted(set(some)))} }}\n" for name, some in wanted.items()}
 
 
 def _elements(connections: Iterable[Connection]) -> dict[str, Sequence[str]]:

@@ -210,6 +210,7 @@ def test_the_source_recovers_from_a_capture_that_was_killed(bridge: Podman, stag
     podman.ready("source")
     folder, pid = podman.node.path / "lock", podman.pid("source")
     with socket.create_connection((podman.address("source"), 8000)) as client:
+        here, port = client.getsockname()
         client.sendall(b"GET /look HTTP/1.0\r\n")
         eventually(lambda: any(not one.inner for one in table.find(pid, procs.tree(pid))), what="it is accepted")
         killed = subprocess.run([sys.executable, "-c", _KILLED, str(pid), stage, str(folder)], check=False)
@@ -221,7 +222,9 @@ def test_the_source_recovers_from_a_capture_that_was_killed(bridge: Podman, stag
         rescue(pid, folder)
         client.settimeout(30)
         assert b"boot" in client.makefile("rb").read()
-    assert "table inet smr\n" not in subprocess.run(["nft", "list", "tables"], check=True, capture_output=True, text=True).stdout
+    assert (
+        f"{here} . {port} . " not in subprocess.run(["nft", "list", "ruleset"], check=True, capture_output=True, text=True).stdout
+    )
 
 
 def test_on_containerd_at_new_addresses(containerd_2: Containerd, machine: Machine) -> None:
