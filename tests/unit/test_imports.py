@@ -114,3 +114,9 @@ def test_contracts_import_the_standard_library_only(path: Path) -> None:
     """proto/ is read before every annotated start."""
     for name, _ in imports(path):
         assert name.startswith("smr.proto") or name.partition(".")[0] in sys.stdlib_module_names, f"{path}: {name}"
+
+
+@pytest.mark.parametrize("module", ["smr.shim.restored", "smr.images.layer", "smr.shim.network"])
+def test_a_stage_of_a_restore_loads_no_large_part_of_the_standard_library(module: str) -> None:
+    """HTTP and what it brings (ssl, email) take longer to load than the stage that would load them takes."""
+    assert loaded_with(module) & {"http.client", "urllib.request", "asyncio", "ssl", "email.message", "tarfile"} == set()
