@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -97,3 +97,23 @@ def test_a_server_and_its_clients(
     table.append(cells)
     assert "\n".join(cell.result for cell in cells if cell.result != OK) == ""
     assert {cell.address for cell in cells} == set(modes)
+
+
+@pytest.mark.skipif(bool(_TABLE), reason="no cell of the table")
+@pytest.mark.parametrize("place", ["containerd_2"], indirect=True, scope="session")
+def test_io_uring_is_refused_with_the_remedy(place: Place, root: Path) -> None:
+    """A Node.js that uses io_uring cannot be checkpointed: the message names the variable that helps, and clients go on."""
+    program = replace(CATALOGUE["node"], environment=("UV_USE_IO_URING=1",))
+    if (missing := program.missing()) is not None:
+        pytest.skip(f"{missing} is not on this machine")
+    run = Run(place, "node", program, "IPv4", root)
+    with run.source() as (host, client), client.live() as live:
+        pid = place.engine.pid("source")
+        if not any("io_uring" in os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()):
+            pytest.skip(f"Node.js has no io_uring here, at {host}")
+        done = place.engine.checkpoint("source", "refused:1", check=False)
+        assert done.returncode != 0
+        assert "UV_USE_IO_URING=0" in done.stderr, done.stderr
+        print(done.stderr)
+        live.go_on()
+    assert "refused" not in place.engine.node.smr("images", "ls").stdout

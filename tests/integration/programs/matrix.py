@@ -27,7 +27,10 @@ _SOURCE, _NEW = 10, 20
 
 @dataclass(kw_only=True)
 class Cell:
-    """One restore. `stages` are seconds by name, in the order of their starts; `restore_s` is the end of the last."""
+    """One restore. `stages` are seconds by name, in the order of their starts; `restore_s` is the end of the last.
+
+    `share_s` is what is SMR's own until the container is created: all but `create` (the runtime and CRIU) and `fill` (memory).
+    """
 
     program: str
     engine: str
@@ -35,6 +38,7 @@ class Cell:
     address: str
     result: str = "not run"
     restore_s: float = 0.0
+    share_s: float = 0.0
     stages: dict[str, float] = field(default_factory=dict)
 
 
@@ -87,30 +91,38 @@ class Run:
                 self.place.remove("again")
         except AssertionError as error:
             for cell in cells:
-                cell.result = _why(error, self.place, "source")
+                cell.result = str(error)
         finally:
-            self.place.remove("source")
             self.place.remove("again")
             if self.volume:
                 self.volume.drop()
             self.place.engine.node.smr("images", "rm", self.image, check=False)
         return cells
 
-    def _checkpointed(self) -> object:
+    @contextmanager
+    def source(self) -> Iterator[tuple[str, Client]]:
+        """The server as it is started from its image, while it runs: its address, and who its clients are."""
         addresses = self.place.subnets.pair(_SOURCE)
         host = self._host(addresses)
         if self.volume:
             self.volume.empty()
-        self._start("source", addresses)
-        eventually(lambda: _listens(host), what=f"something listens at {host}")
-        with Client(self.root, self.program, host).live() as live:
+        try:
+            self._start("source", addresses)
+            eventually(lambda: _listens(host), what=f"something listens at {host}")
+            yield host, Client(self.root, self.program, host)
+        except AssertionError as error:
+            raise AssertionError(_why(error, self.place, "source")) from error
+        finally:
+            self.place.remove("source")
+
+    def _checkpointed(self) -> object:
+        with self.source() as (_, client), client.live() as live:
             if self.volume:
                 self.place.engine.checkpoint("source", self.image, "--stop")
                 self.volume.keep()
             else:
                 self.place.engine.checkpoint("source", self.image)
                 live.go_on()
-        self.place.remove("source")
         return live.state
 
     def _restored(self, cell: Cell, state: object) -> None:
@@ -141,6 +153,8 @@ class Run:
         stages = sorted(record["stages"], key=lambda stage: stage["start_s"])
         cell.stages = {stage["name"]: round(stage["end_s"] - stage["start_s"], 4) for stage in stages}
         cell.restore_s = round(max(stage["end_s"] for stage in stages), 3)
+        created = max(stage["end_s"] for stage in stages if stage["name"] not in ("start", "resume"))
+        cell.share_s = round(created - cell.stages["create"] - cell.stages.get("fill", 0.0), 4)
 
     def _ends(self) -> None:
         self.place.engine.kill("again", "TERM")
