@@ -41,16 +41,16 @@ def results_table(cells: Sequence[Cell]) -> str:
 
 
 def stages_table(cells: Sequence[Cell]) -> str:
-    """A row for each program: the median of each stage over its restores in milliseconds, and the least that SMR's share took."""
+    """A row for each program: the median of each stage over its restores in milliseconds, and what of it is SMR's."""
     good = [cell for cell in cells if cell["result"] == "ok"]
     names = [name for name in dict.fromkeys(name for cell in good for name in cell["stages"]) if name != "resume"]
-    head = ["Program", *(f"`{name}`" for name in names), "all", "SMR's share", "the least"]
+    head = ["Program", *(f"`{name}`" for name in names), "all", "SMR's share", "its CPU time"]
     lines = [_row(head), _row(["---", *["---:"] * (len(head) - 1)])]
     for program in _ordered(good, "program"):
         mine = [cell for cell in good if cell["program"] == program]
         stages = [_ms(cell["stages"].get(name, 0.0) for cell in mine) for name in names]
-        share = [float(cell["share_s"]) for cell in mine]
-        row = [program, *stages, _ms(cell["restore_s"] for cell in mine), _ms(share), f"{min(share) * 1000:.0f}"]
+        share, cpu = [float(cell["share_s"]) for cell in mine], [float(cell["share_cpu_s"]) for cell in mine]
+        row = [program, *stages, _ms(cell["restore_s"] for cell in mine), _ms(share), _ms(cpu)]
         lines.append(_row(row))
     return "\n".join(lines) + "\n"
 

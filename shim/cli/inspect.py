@@ -26,5 +26,14 @@ def inspect(container: str, as_json: bool) -> None:
     print_table(("CRIU OPTION", "WHY"), sorted(state.record.criu_why.items()))
     click.echo()
     stages = state.record.stages
-    rows = [(s.name, f"{s.start_s * 1000:.1f}", f"{s.end_s * 1000:.1f}", f"{(s.end_s - s.start_s) * 1000:.1f}") for s in stages]
-    print_table(("STAGE", "FROM ms", "TO ms", "TOOK ms"), rows)
+    rows = [
+        (
+            s.name,
+            f"{s.start_s * 1000:.1f}",
+            f"{s.end_s * 1000:.1f}",
+            f"{(s.end_s - s.start_s) * 1000:.1f}",
+            f"{s.cpu_s * 1000:.1f}",
+        )
+        for s in stages
+    ]
+    print_table(("STAGE", "FROM ms", "TO ms", "TOOK ms", "CPU ms"), rows)

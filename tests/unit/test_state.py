@@ -59,7 +59,7 @@ def test_whole_record_survives(tmp_path: Path) -> None:
     state.record = replace(
         state.record,
         status=Status.RESTORED,
-        stages=[Stage(name="locate", start_s=0.0, end_s=0.5)],
+        stages=[Stage(name="locate", start_s=0.0, end_s=0.5, cpu_s=0.25)],
         warnings=["w"],
         annotations={"smr.restore": "llama"},
         criu_options=("tcp-close",),

@@ -29,7 +29,8 @@ _SOURCE, _NEW = 10, 20
 class Cell:
     """One restore. `stages` are seconds by name, in the order of their starts; `restore_s` is the end of the last.
 
-    `share_s` is what is SMR's own until the container is created: all but `create` (the runtime and CRIU) and `fill` (memory).
+    `share_s` is what SMR itself does until the container is created: all stages but `create` (the runtime and CRIU) and `fill`
+    (memory); `share_cpu_s` is the processor time in them, which other work on the machine does not lengthen.
     """
 
     program: str
@@ -39,6 +40,7 @@ class Cell:
     result: str = "not run"
     restore_s: float = 0.0
     share_s: float = 0.0
+    share_cpu_s: float = 0.0
     stages: dict[str, float] = field(default_factory=dict)
 
 
@@ -153,8 +155,9 @@ class Run:
         stages = sorted(record["stages"], key=lambda stage: stage["start_s"])
         cell.stages = {stage["name"]: round(stage["end_s"] - stage["start_s"], 4) for stage in stages}
         cell.restore_s = round(max(stage["end_s"] for stage in stages), 3)
-        created = max(stage["end_s"] for stage in stages if stage["name"] not in ("start", "resume"))
-        cell.share_s = round(created - cell.stages["create"] - cell.stages.get("fill", 0.0), 4)
+        own = [stage for stage in stages if stage["name"] not in ("create", "fill", "start", "resume")]
+        cell.share_s = round(sum(stage["end_s"] - stage["start_s"] for stage in own), 4)
+        cell.share_cpu_s = round(sum(stage["cpu_s"] for stage in own), 4)
 
     def _ends(self) -> None:
         self.place.engine.kill("again", "TERM")
