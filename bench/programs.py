@@ -23,7 +23,8 @@ from bench.machine import describe
 REPOSITORY = Path(__file__).parents[1]
 RESULTS, PAGE = REPOSITORY / "docs/programs.json", REPOSITORY / "docs/programs.md"
 _BEGIN, _END = "<!-- begin: {} -->\n", "<!-- end: {} -->\n"
-_COLUMNS = [(family, address) for family in ("IPv4", "IPv6") for address in ("same", "new")]
+_ADDRESSES = {"same": "same address", "new": "new address", "kept": "clients kept"}
+_COLUMNS = [(family, address) for family in ("IPv4", "IPv6") for address in _ADDRESSES]
 _PROGRAMS = {"podman": ["podman", "--version"], "containerd": ["containerd", "--version"], "runc": ["runc", "--version"]}
 
 Cell = dict[str, Any]
@@ -31,7 +32,7 @@ Cell = dict[str, Any]
 
 def results_table(cells: Sequence[Cell]) -> str:
     """A row for each program and engine: seconds of the restore, or what went wrong, by family and address."""
-    head = ["Program", "Engine", *(f"{family}, {address} address" for family, address in _COLUMNS)]
+    head = ["Program", "Engine", *(f"{family}, {_ADDRESSES[address]}" for family, address in _COLUMNS)]
     lines = [_row(head), _row(["---"] * len(head))]
     for program in _ordered(cells, "program"):
         for engine in _ordered(cells, "engine"):
@@ -95,12 +96,14 @@ def _row(words: Sequence[str]) -> str:
     return "| " + " | ".join(words) + " |"
 
 
-def _run(words: Sequence[str]) -> list[Cell]:
+def _run(modes: str, words: Sequence[str]) -> list[Cell]:
     """The cells of the matrix, or of the part that pytest's own arguments choose."""
     with tempfile.TemporaryDirectory() as folder:
         table = Path(folder, "cells.json")
         argv = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/integration/test_programs.py", *words]
-        subprocess.run(argv, check=False, cwd=REPOSITORY, env={**os.environ, "SMR_PROGRAMS_TABLE": str(table)})
+        subprocess.run(
+            argv, check=False, cwd=REPOSITORY, env={**os.environ, "SMR_PROGRAMS_TABLE": str(table), "SMR_PROGRAMS_MODES": modes}
+        )
         return list(json.loads(table.read_text())) if table.exists() else []
 
 
@@ -108,11 +111,12 @@ def main() -> int:
     """0 when every cell that was run is `ok`."""
     parser = argparse.ArgumentParser(prog="python -m bench.programs", description=__doc__)
     parser.add_argument("--tables", action="store_true", help="only write the page's tables from docs/programs.json")
+    parser.add_argument("--modes", default=" ".join(_ADDRESSES), help='which columns to run, such as "same new"; default: all')
     options, words = parser.parse_known_args()
+    cells = [] if options.tables else _run(options.modes, words)
     document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"cells": []}
     bad: list[Cell] = []
     if not options.tables:
-        cells = _run(words)
         bad = [cell for cell in cells if cell["result"] != "ok"]
         engines = Path(os.environ.get("SMR_ENGINES", REPOSITORY / ".work/engines"))
         programs = {**_PROGRAMS, "criu": [str(engines / "criu-new/bin/criu"), "--version"]}

@@ -23,17 +23,18 @@ ENGINES = ("podman", "containerd_1", "containerd_2")
 _CHOSEN = [
     ("http2", "podman", "IPv6", ("new",)),
     ("grpc", "containerd_2", "IPv4", ("new",)),
-    ("websocket", "containerd_1", "IPv6", ("same",)),
+    ("websocket", "containerd_1", "IPv6", ("same", "kept")),
     ("redis", "podman", "IPv4", ("same", "new")),
     ("nginx", "containerd_2", "IPv6", ("new",)),
     ("multiprocessing", "containerd_1", "IPv4", ("new",)),
-    ("uvicorn", "podman", "IPv6", ("same",)),
+    ("uvicorn", "podman", "IPv6", ("same", "kept")),
     ("node", "containerd_2", "IPv4", ("same",)),
     ("jvm", "podman", "IPv4", ("new",)),
     ("postgres", "podman", "IPv6", ("new",)),
 ]
 _TABLE = os.environ.get("SMR_PROGRAMS_TABLE", "")
-_ALL = [(program, engine, family, MODES) for engine in ENGINES for program in CATALOGUE for family in FAMILIES]
+_MODES = tuple(os.environ.get("SMR_PROGRAMS_MODES", " ".join(MODES)).split())
+_ALL = [(program, engine, family, _MODES) for engine in ENGINES for program in CATALOGUE for family in FAMILIES]
 
 
 @pytest.fixture(scope="session")
@@ -85,7 +86,7 @@ def test_a_server_and_its_clients(
     name: str, place: Place, family: str, modes: tuple[str, ...], root: Path, table: Table, tmp_path: Path
 ) -> None:
     """A checkpoint leaves the server's clients alone; the restored server has its state, serves a whole session of new clients
-    whatever its addresses are now, and ends when it is asked to."""
+    whatever its addresses are now, and ends when it is asked to. Clients whose connections are kept go on where they were."""
     program = CATALOGUE[name]
     if (missing := program.missing()) is not None:
         pytest.skip(f"{missing} is not on this machine")

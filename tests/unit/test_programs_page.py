@@ -30,7 +30,7 @@ def test_a_row_has_seconds_or_the_reason() -> None:
     """A restore that failed shows the first line of why; one that was not run says so."""
     failed = CELL | {"address": "same", "result": "again: exit status 1\nits output"}
     (row,) = programs.results_table([CELL | {"stages": STAGES}, failed | {"stages": {}}]).splitlines()[2:]
-    assert row == "| Redis | podman | fails: again: exit status 1 | 0.25 s | not run | not run |"
+    assert row == "| Redis | podman | fails: again: exit status 1 | 0.25 s | not run | not run | not run | not run |"
 
 
 def test_stages_are_medians() -> None:

@@ -53,6 +53,11 @@ class LiveClient:
         self._process.stdin.flush()
         return self._hear("live")
 
+    def end(self) -> None:
+        """Close the connections, as a client that is killed does."""
+        self._process.kill()
+        self._process.wait()
+
     def _hear(self, what: str) -> object:
         assert self._process.stdout is not None
         answer = json.loads(self._process.stdout.readline() or b"{}")

@@ -1,7 +1,8 @@
 """One source of the matrix: a server with live clients, its checkpoint, and a restore for each way of addressing.
 
 A source is started with an IPv4 and an IPv6 address, and its clients come by one of them. After the checkpoint it still serves
-those same clients. Then it is gone, and each restore has a container with the same addresses or with new ones.
+those same clients. Then it is gone, and each restore has a container with the same addresses or with new ones. Or the clients
+are moved with it: the source ends with its checkpoint, and they go on with the container that has its addresses.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from pathlib import Path
 
 from tests.integration.command import eventually, run
 from tests.integration.programs.catalogue import PORT, Program
-from tests.integration.programs.clients import Client
+from tests.integration.programs.clients import Client, LiveClient
 from tests.integration.programs.places import FIRST_ID, Place
 
 FAMILIES = ("IPv4", "IPv6")
-MODES = ("same", "new")
+SAME, NEW, KEPT = "same", "new", "kept"
+MODES = (SAME, NEW, KEPT)
 OK = "ok"
 _SOURCE, _NEW = 10, 20
 
@@ -85,12 +87,24 @@ class Run:
     def cells(self, modes: tuple[str, ...]) -> list[Cell]:
         """A source and its restores, one cell for each mode. A cell that fails says why, and the next one is tried."""
         cells = [Cell(program=self.name, engine=self.place.engine.name, family=self.family, address=mode) for mode in modes]
+        closed, kept = [cell for cell in cells if cell.address != KEPT], [cell for cell in cells if cell.address == KEPT]
+        if closed:
+            with self._tidy(closed):
+                state = self._checkpointed()
+                for cell in closed:
+                    with _told(cell, self.place):
+                        self._restored(cell, state)
+                    self.place.remove("again")
+        for cell in kept:
+            with self._tidy([cell]):
+                self._moved(cell)
+        return cells
+
+    @contextmanager
+    def _tidy(self, cells: list[Cell]) -> Iterator[None]:
+        """What goes wrong goes wrong for all `cells`; containers, volume and image are gone afterwards."""
         try:
-            state = self._checkpointed()
-            for cell in cells:
-                with _told(cell, self.place):
-                    self._restored(cell, state)
-                self.place.remove("again")
+            yield
         except AssertionError as error:
             for cell in cells:
                 cell.result = str(error)
@@ -99,7 +113,6 @@ class Run:
             if self.volume:
                 self.volume.drop()
             self.place.engine.node.smr("images", "rm", self.image, check=False)
-        return cells
 
     @contextmanager
     def source(self) -> Iterator[tuple[str, Client]]:
@@ -127,12 +140,26 @@ class Run:
                 live.go_on()
         return live.state
 
-    def _restored(self, cell: Cell, state: object) -> None:
-        addresses = self.place.subnets.pair(_SOURCE if cell.address == "same" else _NEW)
+    def _moved(self, cell: Cell) -> None:
+        """The live clients' connections survive: the source ends with the checkpoint, and they go on with the restored server."""
+        with self.source() as (_, client), client.live() as live:
+            self.place.engine.checkpoint("source", self.image, "--tcp", "established", "--stop")
+            if self.volume:
+                self.volume.keep()
+            self.place.remove("source")
+            with _told(cell, self.place):
+                self._restored(cell, live.state, live)
+
+    def _restored(self, cell: Cell, state: object, live: LiveClient | None = None) -> None:
+        addresses = self.place.subnets.pair(_NEW if cell.address == NEW else _SOURCE)
         if self.volume:
             self.volume.as_it_was()
-        self._start("again", addresses, {"smr.restore": self.image, "smr.fallback": "fail"})
+        asked = {"smr.restore": self.image, "smr.fallback": "fail", **({"smr.tcp": "established"} if live else {})}
+        self._start("again", addresses, asked)
         self._measure(cell)
+        if live:
+            live.go_on()
+            live.end()
         client = Client(self.root, self.program, self._host(addresses))
         client.check(state)
         if self.program.reload:

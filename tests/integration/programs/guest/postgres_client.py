@@ -65,6 +65,13 @@ class Session:
         sleeper.stdin.write("SELECT pg_sleep(600);\n")
         sleeper.stdin.flush()
 
+    def go_on(self):
+        for process in self.live[:2]:
+            process.stdin.write("SELECT count(*) FROM kept;\n")
+            process.stdin.flush()
+            same("rows", process.stdout.readline(), "2\n")
+        return {"sessions": len(self.live)}
+
     def check(self, state):
         same("state", self.state(), state)
         # The row that an old client has locked is free once its server process sees that the client is gone.
