@@ -61,6 +61,8 @@ def _which(name: str) -> Path:
 _REDIS = f"mkdir -p /data && cd /data && exec redis-server --bind ADDRESS --port {PORT} --protected-mode no"
 _NGINX = "mkdir -p /data/www /var/log/nginx /var/lib/nginx && exec /usr/sbin/nginx -c /app/nginx.conf"
 _UVICORN = ["python3", "-m", "uvicorn", "--app-dir", "/app", "--loop", "uvloop", "--http", "h11", "--log-level", "warning"]
+# A client that is idle while a slow machine makes a checkpoint is not to be dropped.
+_UVICORN += ["--timeout-keep-alive", "600"]
 
 _AS_APP = "setpriv --reuid=1000 --regid=1000 --clear-groups"
 _POSTGRESQL = f"""if [ ! -e /data/db/PG_VERSION ]; then

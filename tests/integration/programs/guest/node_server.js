@@ -36,6 +36,7 @@ if (!isMainThread) {
     response.end(answer);
   };
   const server = http.createServer((request, response) => { handle(request, response).catch(() => response.destroy()); });
+  server.keepAliveTimeout = 600000; // a client that is idle while a slow machine makes a checkpoint is not to be dropped
   server.listen(Number(process.argv[3]), process.argv[2]);
   process.on('SIGTERM', () => { server.closeAllConnections(); server.close(() => process.exit(0)); });
 }
