@@ -14,6 +14,7 @@ import socketserver
 import sys
 import threading
 import time
+import traceback
 import urllib.parse
 
 
@@ -35,7 +36,8 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     daemon_threads = True
 
     def handle_error(self, request, client_address):
-        """A client that is gone is no error."""
+        """A client that is gone is no error, and is told all the same: what else went wrong may look like it."""
+        traceback.print_exc()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
