@@ -95,7 +95,7 @@ def test_the_reason_is_in_the_containers_annotations(podman: Podman) -> None:
     ("code", "workload", "options"),
     [
         ("command_mismatch", ("workers",), ()),
-        ("mount_mismatch", ("workers", "shm"), ("-v", "/etc:/data:ro")),
+        ("mount_mismatch", ("workers", "shm"), ("--annotation=smr.mounts=/data=/nowhere",)),
         ("terminal_mismatch", ("workers", "shm"), ("-t",)),
         ("namespace_mismatch", ("workers", "shm"), ("--network=host",)),
     ],
