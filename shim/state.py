@@ -221,13 +221,7 @@ class ContainerState:
         with contextlib.suppress(OSError):
             self.path.rename(doomed)
         drop_tree(doomed)
-        for parent in self.path.parents:
-            if parent.name == "containers":
-                break
-            try:
-                parent.rmdir()
-            except OSError:
-                break
+        _drop_parents(self.path)
 
     def _flock(self, fd: int, wait: bool) -> None:
         try:
@@ -313,6 +307,18 @@ def drop_half_made(run: Path) -> None:
         maker = path.name.rpartition(_HALF)[2] if _HALF in path.name else ""
         if maker.isdigit() and not procs.alive(int(maker)):
             drop_tree(path)
+            _drop_parents(path)
+
+
+def _drop_parents(path: Path) -> None:
+    """Remove the runtime root's directory when nothing is left in it."""
+    for parent in path.parents:
+        if parent.name == "containers":
+            break
+        try:
+            parent.rmdir()
+        except OSError:
+            break
 
 
 def _directories(run: Path) -> Iterator[Path]:

@@ -240,3 +240,6 @@ def test_containerd_is_killed_and_started_again(cri: Cri, image: Image) -> None:
     cri.remove_pod(beside)
     again = restored(cri, image, "after")
     assert cri.probe(again, "count")["boot"] == image.boot
+    for one in (pod, again):
+        cri.remove_pod(one)
+    cri.node.smr("gc")  # the daemon may have taken a create with it
