@@ -242,4 +242,9 @@ def test_containerd_is_killed_and_started_again(cri: Cri, image: Image) -> None:
     assert cri.probe(again, "count")["boot"] == image.boot
     for one in (pod, again):
         cri.remove_pod(one)
-    cri.node.smr("gc")  # the daemon may have taken a create with it
+
+    def collected() -> bool:
+        cri.node.smr("gc")
+        return not (cri.node.run_dir / "containers/run").exists()
+
+    eventually(collected, what="what a create has left that nobody waited for is collected")
