@@ -109,6 +109,7 @@ def restore(call: RuntimeCall, spec: Spec, annotations: Annotations, config: Con
             apart = nested_mounts.any_below(spec, annotations)
             create(call, image, annotations, delivery.options | externals | labels, tool, state, net, apart=apart)
         fit_mounts(state, image, spec, annotations)
+        state.save()
         if gpu is not None:
             _judge(state, image, source, annotations)  # what is wrong anyway need not reach a GPU
             with state.stage("gpu_devices"):

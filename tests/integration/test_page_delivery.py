@@ -145,7 +145,7 @@ def test_killed_in_the_fill(restoring_runc: Runc, bundle_image: Warm, box: Sandb
 
 def _filling(runc: Runc) -> bool:
     """Whether a create of this node has come to its fill."""
-    return any(record["stages"] and record["stages"][-1]["name"] == "create" for record in runc.node.records().values())
+    return any(record["stages"] and record["stages"][-1]["name"] == "mounts" for record in runc.node.records().values())
 
 
 @pytest.mark.parametrize("pages", ["fill", "lazy", "criu"])
