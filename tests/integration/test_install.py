@@ -216,7 +216,8 @@ def test_containerd_reads_the_configuration_and_has_the_runtime(installed: Insta
     smr = containerd["runtimes"]["smr"]
     assert smr["runtime_type"] == "io.containerd.runc.v2"
     assert smr["runtime_path"] == str(installed.prefix / "bin/containerd-shim-smr-v1")
-    assert smr["pod_annotations"] == smr["container_annotations"] == ["smr.*", "smr.*/*", "kubectl.kubernetes.io/default-container"]
+    assert smr["pod_annotations"] == ["smr.*", "smr.*/*", "kubectl.kubernetes.io/default-container"]
+    assert smr["container_annotations"] == ["smr.*", "smr.*/*"]
     assert smr["options"]["SystemdCgroup"] is True
     assert containerd["default_runtime_name"] == "nvidia"
     assert "nvidia" in containerd["runtimes"]
