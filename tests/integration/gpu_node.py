@@ -32,11 +32,12 @@ UUIDS = {FIRST: uuid(3), SECOND: uuid(5), THIRD: uuid(9)}
 VRAM_BYTES = 1 << 30
 _SLOTS = ("ready", "ticks", "uses", "bad", "minors", "open", "checkpoints", "restores", "unlocks", "ticks_at_restore", "boot")
 _FLAGS = ("-O1", "-Wall", "-Wextra", "-Werror")
-# Waits before it becomes the runtime while there is a file hold.VERB, and fails when there is fail.VERB.
+# Waits before it becomes the runtime while there is a file hold.VERB, and fails when there is fail.VERB; help is only help.
 _RUNTIME = """#!/bin/sh
 for verb; do
     case $verb in pause | resume | checkpoint | restore) break ;; esac
 done
+case "$*" in *--help) exec {runtime} "$@" ;; esac
 if [ -e {folder}/fail.$verb ]; then
     echo "told to fail" >&2
     exit 1
