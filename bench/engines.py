@@ -1,6 +1,6 @@
-"""`python -m bench.engines [FILE]`: docs/engines.json from a test run's --engines-json, and the table in docs/engines.md.
+"""`python -m bench.engines [FILE [AGAIN...]]`: docs/engines.json from what --engines-json wrote, and the table in docs/engines.md.
 
-Without FILE only the table is written again.
+AGAIN is what later runs wrote of the tests that had failed, and only of those. Without FILE only the table is written again.
 """
 
 from __future__ import annotations
@@ -34,12 +34,33 @@ def with_table(page: str, run: Mapping[str, Any]) -> str:
     return re.sub(pattern, lambda _: f"{_BEGIN}{table(run)}{_END}", page, count=1, flags=re.DOTALL)
 
 
+def with_again(run: Mapping[str, Any], again: Mapping[str, Any]) -> dict[str, Any]:
+    """A run in which tests that failed count as in a later run of them."""
+    outcomes = ("passed", "failed", "skipped")
+    later = {tuple(row[key] for key in row if key not in outcomes): row for row in again["rows"]}
+    rows = []
+    for row in run["rows"]:
+        other = later.get(tuple(row[key] for key in row if key not in outcomes))
+        if other is None:
+            rows.append(dict(row))
+            continue
+        failed = row["failed"] - sum(other[outcome] for outcome in outcomes) + other["failed"]
+        if failed < other["failed"]:
+            raise ValueError(f"more tests were run again than had failed: {row}")
+        rows.append(
+            row | {"passed": row["passed"] + other["passed"], "failed": failed, "skipped": row["skipped"] + other["skipped"]}
+        )
+    return {**run, "rows": rows}
+
+
 def main(argv: Sequence[str]) -> int:
     """Take a run over, write the table."""
     if argv:
         import datetime
 
         run = json.loads(Path(argv[0]).read_text())
+        for name in argv[1:]:
+            run = with_again(run, json.loads(Path(name).read_text()))
         run["machine"]["date"] = datetime.date.today().isoformat()
         JSON.write_text(json.dumps(run, indent=1) + "\n")
     PAGE.write_text(with_table(PAGE.read_text(), json.loads(JSON.read_text())))
