@@ -1,4 +1,4 @@
-"""`python -m bench.engines [FILE [AGAIN...]]`: docs/engines.json from what --engines-json wrote, and the table in docs/engines.md.
+"""`python -m bench.engines [FILE [AGAIN...]]`: docs/engines.json from what --engines-json wrote, and docs/engines.md.
 
 AGAIN is what later runs wrote of the tests that had failed, and only of those. Without FILE only the table is written again.
 """
